@@ -1,0 +1,278 @@
+"""Muon for matrices, AdamW for the rest, and a schedule made of phases."""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from trinity_lib.config import check, require
+from trinity_lib.experts import Experts
+from trinity_lib.model import Trinity
+
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
+"""Quintic coefficients of Jordan et al. 2024 (kellerjordan.github.io/posts/muon)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """Peak rates and constants. The report publishes the rates and no other constant."""
+
+    optimizer: Literal["muon", "adamw"] = "muon"
+    """`muon`: Muon for hidden matrices, AdamW for the rest; `adamw`: AdamW for all."""
+    muon_rate: float = 1e-3
+    """Peak learning rate of Muon, before sqrt(max(1, fan_out/fan_in))."""
+    adamw_rate: float = 3e-4
+    """Peak learning rate of AdamW."""
+    muon_momentum: float = 0.95
+    """Nesterov momentum of Muon (not published; Jordan et al. 2024)."""
+    newton_schulz_steps: int = 5
+    """Iterations of the orthogonalisation (not published; Jordan et al. 2024)."""
+    adamw_betas: tuple[float, float] = (0.9, 0.95)
+    """AdamW's decay rates (not published)."""
+    adamw_eps: float = 1e-8
+    """AdamW's epsilon (not published)."""
+    weight_decay: float = 0.0
+    """Decoupled decay of matrices, times the learning rate (not published)."""
+    clip: float = 1.0
+    """Largest global gradient norm (not published)."""
+    idle_experts: Literal["rest", "move"] = "rest"
+    """Muon on an expert that saw no token: no update, or its stale momentum at full length."""
+
+    def __post_init__(self) -> None:
+        check(self)
+        for name in ("muon_rate", "adamw_rate", "clip", "adamw_eps"):
+            require(getattr(self, name) > 0, f"optim.{name}", getattr(self, name), "above zero")
+        require(self.weight_decay >= 0, "optim.weight_decay", self.weight_decay, "0 or more")
+        momentum = self.muon_momentum
+        require(0 <= momentum < 1, "optim.muon_momentum", momentum, "from 0 up to 1")
+        steps = self.newton_schulz_steps
+        require(steps >= 1, "optim.newton_schulz_steps", steps, "at least 1")
+        inside = all(0 <= beta < 1 for beta in self.adamw_betas)
+        require(inside, "optim.adamw_betas", self.adamw_betas, "two numbers from 0 up to 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Phase:
+    """A stretch of training with one learning-rate shape, batch size and mixture."""
+
+    tokens: int
+    """Tokens trained in this phase."""
+    batch: int
+    """Packed rows per optimiser step."""
+    larger_batch: tuple[int, int] | None = None
+    """(tokens into the phase, rows per step from there on), where the batch grows."""
+    shape: Literal["constant", "linear", "cosine"] = "constant"
+    """How the learning rate moves from the last phase's end (1 at first) to `end`."""
+    end: float = 1.0
+    """Share of the peak learning rate at the phase's end; unused where constant."""
+    warmup: int = 0
+    """Steps of linear warm-up at the phase's start."""
+    mixture: dict[str, float] = field(default_factory=dict)
+    """Share of tokens by domain; shares are normalised."""
+
+    def __post_init__(self) -> None:
+        check(self)
+        require(self.tokens >= 1, "phase.tokens", self.tokens, "at least 1")
+        require(self.batch >= 1, "phase.batch", self.batch, "at least 1")
+        require(0 <= self.end <= 1, "phase.end", self.end, "from 0 to 1")
+        require(self.warmup >= 0, "phase.warmup", self.warmup, "0 or more")
+        shares = self.mixture.values()
+        positive = not shares or (min(shares) >= 0 and sum(shares) > 0)
+        require(positive, "phase.mixture", self.mixture, "shares of 0 or more, not all zero")
+        if self.larger_batch is not None:
+            at, rows = self.larger_batch
+            grows = 0 < at < self.tokens and rows >= 1
+            require(grows, "phase.larger_batch", self.larger_batch, "inside the phase")
+
+
+def phase_steps(phase: Phase, sequence_length: int) -> int:
+    """Optimiser steps of a phase, the last one possibly a little over its tokens."""
+    if phase.larger_batch is None:
+        return math.ceil(phase.tokens / (phase.batch * sequence_length))
+    at, rows = phase.larger_batch
+    before = math.ceil(at / (phase.batch * sequence_length))
+    left = phase.tokens - before * phase.batch * sequence_length
+    return before + max(0, math.ceil(left / (rows * sequence_length)))
+
+
+def batch_rows(phase: Phase, step: int, sequence_length: int) -> int:
+    """Packed rows of the phase's optimiser step `step` (from 0)."""
+    if phase.larger_batch is None or step * phase.batch * sequence_length < phase.larger_batch[0]:
+        return phase.batch
+    return phase.larger_batch[1]
+
+
+def rate(phases: Iterable[Phase], index: int, step: int, steps: int) -> float:
+    """Share of the peak learning rate at step `step` of `steps` of phase number `index`.
+
+    A decaying phase reaches `end` after its last step.
+    """
+    phases = list(phases)
+    start = 1.0
+    for earlier in phases[:index]:
+        start = start if earlier.shape == "constant" else earlier.end
+    phase = phases[index]
+    progress = step / steps
+    if phase.shape == "linear":
+        share = start + (phase.end - start) * progress
+    elif phase.shape == "cosine":
+        share = phase.end + (start - phase.end) * (1 + math.cos(math.pi * progress)) / 2
+    else:
+        share = start
+    return share * min(1.0, (step + 1) / phase.warmup) if phase.warmup else share
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum orthogonalised by Newton-Schulz; a 3-D weight is a batch of matrices.
+
+    Each expert is orthogonalised on its own. The rate of a matrix is lr times
+    sqrt(max(1, fan_out/fan_in)) (technical report, section 3.3). A group's `transposed`
+    says its matrices are stored [.., fan_in, fan_out] (the experts' down projection).
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float,
+        *,
+        momentum: float = 0.95,
+        steps: int = 5,
+        weight_decay: float = 0.0,
+        idle_experts: str = "rest",
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "momentum": momentum,
+            "steps": steps,
+            "weight_decay": weight_decay,
+            "idle_experts": idle_experts,
+            "transposed": False,
+        }
+        super().__init__(params, defaults)
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.dim() not in (2, 3):
+                    raise ValueError(f"Muon takes matrices; a parameter has shape {p.shape}.")
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """Update every parameter that has a gradient."""
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    self._update(p, group)
+
+    def _update(self, p: Tensor, group: dict[str, Any]) -> None:
+        state = self.state[p]
+        if not state:
+            state["momentum"] = torch.zeros_like(p)
+        buffer, beta = state["momentum"], group["momentum"]
+        moved = _matrices_with_gradient(p.grad, group["idle_experts"])
+        averaged = buffer.lerp(p.grad, 1 - beta)
+        update = orthogonalise(p.grad.lerp(averaged, beta), group["steps"])
+        fan_out, fan_in = p.shape[-2:]
+        if group["transposed"]:
+            fan_out, fan_in = fan_in, fan_out
+        lr = group["lr"]
+        change = update.mul_(lr * math.sqrt(max(1.0, fan_out / fan_in)))
+        change.add_(p, alpha=lr * group["weight_decay"])
+        if moved is None:
+            buffer.copy_(averaged)
+            p.sub_(change)
+        else:
+            buffer.copy_(torch.where(moved, averaged, buffer))
+            p.sub_(change.mul_(moved))
+
+
+def _matrices_with_gradient(grad: Tensor | None, idle_experts: str) -> Tensor | None:
+    """Which of a batch of matrices have any gradient, [E, 1, 1]; None where all move."""
+    if grad is None or grad.dim() == 2 or idle_experts == "move":
+        return None
+    return grad.abs().amax((-2, -1), keepdim=True) > 0
+
+
+def orthogonalise(matrices: Tensor, steps: int = 5) -> Tensor:
+    """The nearest semi-orthogonal matrices, roughly: singular values near 1.
+
+    Newton-Schulz over the last two axes, batched over the first; fp32 (float64 for
+    float64) on the CPU, where bf16 is slow, and bf16 on CUDA.
+    """
+    a, b, c = NEWTON_SCHULZ
+    dtype = torch.bfloat16 if matrices.is_cuda else matrices.dtype
+    x = matrices.to(dtype)
+    tall = x.shape[-2] > x.shape[-1]
+    x = x.mT if tall else x
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return (x.mT if tall else x).to(matrices.dtype)
+
+
+def build(model: Trinity, config: OptimConfig) -> list[torch.optim.Optimizer]:
+    """The optimisers of a model, each group with its peak rate under `peak`.
+
+    Muon: matrices of attention, dense, shared and routed experts. AdamW: embedding, head,
+    router and gains (the report says so for the first two and nothing of the others).
+    """
+    matrices, transposed, rest = split(model)
+    optimizers: list[torch.optim.Optimizer] = []
+    if config.optimizer == "muon":
+        groups = [
+            {"params": matrices, "transposed": False},
+            {"params": transposed, "transposed": True},
+        ]
+        optimizers.append(
+            Muon(
+                groups,
+                config.muon_rate,
+                momentum=config.muon_momentum,
+                steps=config.newton_schulz_steps,
+                weight_decay=config.weight_decay,
+                idle_experts=config.idle_experts,
+            )
+        )
+    else:
+        rest = rest + matrices + transposed
+    decayed = [p for p in rest if p.dim() > 1]
+    gains = [p for p in rest if p.dim() == 1]
+    optimizers.append(
+        torch.optim.AdamW(
+            [
+                {"params": decayed, "weight_decay": config.weight_decay},
+                {"params": gains, "weight_decay": 0.0},
+            ],
+            lr=config.adamw_rate,
+            betas=config.adamw_betas,
+            eps=config.adamw_eps,
+            fused=True,
+        )
+    )
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["peak"] = group["lr"]
+    return optimizers
+
+
+def split(model: Trinity) -> tuple[list[nn.Parameter], list[nn.Parameter], list[nn.Parameter]]:
+    """(matrices stored [.., fan_out, fan_in], those stored transposed, everything else)."""
+    down = {id(m.down_EFD) for m in model.modules() if isinstance(m, Experts)}
+    other = {id(model.embedding.weight), id(model.head.weight)}
+    other |= {id(router.weight_ED) for router in model.routers()}
+    matrices, transposed, rest = [], [], []
+    for p in model.parameters():
+        if p.dim() == 1 or id(p) in other:
+            rest.append(p)
+        else:
+            (transposed if id(p) in down else matrices).append(p)
+    return matrices, transposed, rest
+
+
+def set_rate(optimizers: Iterable[torch.optim.Optimizer], share: float) -> None:
+    """Set every group's learning rate to this share of its peak."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak"] * share

@@ -1,0 +1,79 @@
+"""The router: fp32 scores, a selection the balancer may steer, weights it may not."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from trinity_lib.config import check, require
+
+Select = Callable[[Tensor, int], Tensor]
+"""(scores_TE, MoE layer) -> ranking_TE: a balancer's `select`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RouterConfig:
+    """How many experts there are, how many a token takes, and the scale of their sum."""
+
+    num_experts: int
+    """Routed experts in a layer."""
+    top_k: int
+    """Routed experts a token takes."""
+    route_scale: float = 1.0
+    """Factor on the normalised routing weights."""
+
+    def __post_init__(self) -> None:
+        check(self)
+        require(self.num_experts >= 1, "num_experts", self.num_experts, "at least 1")
+        in_range = 1 <= self.top_k <= self.num_experts
+        require(in_range, "top_k", self.top_k, f"from 1 to num_experts ({self.num_experts})")
+        require(self.route_scale > 0, "route_scale", self.route_scale, "above zero")
+
+
+class Routing(NamedTuple):
+    """One layer's routing of one micro-batch. Balancers and metrics are functions of it."""
+
+    scores_TE: Tensor
+    """Sigmoid affinities, fp32 (float64 in a float64 model), with their graph."""
+    experts_TK: Tensor
+    """Chosen experts, int64, best first."""
+    weights_TK: Tensor
+    """What each chosen expert's output is multiplied by; sums to route_scale."""
+
+
+class Router(nn.Module):
+    """Sigmoid top-k router with a selection-only bias (technical report, equations 16-18).
+
+    The matrix product, the sigmoid and the weights are fp32 whatever the model's dtype.
+    `bias_E` is what released checkpoints call `expert_bias`; the trainer keeps it equal
+    to the balancer's.
+    """
+
+    bias_E: Tensor
+
+    def __init__(self, config: RouterConfig, width: int, layer: int) -> None:
+        super().__init__()
+        self.config = config
+        self.layer = layer
+        self.weight_ED = nn.Parameter(torch.empty(config.num_experts, width))
+        self.register_buffer("bias_E", torch.zeros(config.num_experts))
+
+    def forward(
+        self, x_TD: Tensor, select: Select | None = None, experts_TK: Tensor | None = None
+    ) -> Routing:
+        """Route tokens by `select`, by the stored bias, or to given experts (a replay)."""
+        precise = torch.promote_types(x_TD.dtype, torch.float32)
+        with torch.autocast(x_TD.device.type, enabled=False):
+            logits_TE = x_TD.to(precise) @ self.weight_ED.to(precise).T
+            scores_TE = logits_TE.sigmoid()
+        if experts_TK is None:
+            with torch.no_grad():
+                ranking_TE = (
+                    select(scores_TE, self.layer) if select else scores_TE + self.bias_E
+                )
+                experts_TK = ranking_TE.topk(self.config.top_k, dim=-1).indices
+        weights_TK = scores_TE.gather(-1, experts_TK)
+        weights_TK = weights_TK / (weights_TK.sum(-1, keepdim=True) + 1e-20)
+        return Routing(scores_TE, experts_TK, weights_TK * self.config.route_scale)
