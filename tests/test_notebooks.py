@@ -1,0 +1,182 @@
+"""Every notebook at toy scale through papermill; assertions read the run files."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import numpy as np
+import papermill
+import pytest
+import xarray as xr
+
+from trinity_lib import metrics
+from trinity_lib.record import open_run
+from trinity_lib.train import RUNS
+
+ROOT = Path(__file__).parent.parent
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+TRAIN = ROOT / "notebooks" / "train.ipynb"
+
+
+def execute(output: Path, **parameters: object) -> xr.DataTree:
+    """Run train.ipynb as the README does, in a process of its own; return its run."""
+    command = [sys.executable, "-m", "papermill", str(TRAIN), str(output), "--no-progress-bar"]
+    for name, value in parameters.items():
+        command += ["-p", name, str(value)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=output.parent)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return open_run(printed_run_file(output))
+
+
+def printed_run_file(output: Path) -> Path:
+    """The path the notebook's last cell printed."""
+    notebook = nbformat.read(output, as_version=4)
+    text = "".join(o.get("text", "") for o in notebook.cells[-1].outputs)
+    return Path(text.split("run file: ")[1].strip())
+
+
+def name(tmp_path_factory: pytest.TempPathFactory, what: str) -> str:
+    """A run name no other test session has taken."""
+    return f"test-{what}-{tmp_path_factory.getbasetemp().name}-{np.random.SeedSequence().entropy}"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("notebooks")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def tidy():
+    """Leave `runs/` as it was."""
+    before = set(RUNS.iterdir())
+    yield
+    import shutil
+
+    for path in set(RUNS.iterdir()) - before:
+        if path.name.startswith("test-"):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+@pytest.fixture(scope="module")
+def toy(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> xr.DataTree:
+    return execute(folder / "toy.ipynb", name=name(tmp_path_factory, "toy"))
+
+
+def test_the_toy_learns(toy: xr.DataTree) -> None:
+    assert toy.attrs["status"] == "complete"
+    last = toy["evaluation"].isel(step=-1, split=0)
+    gain = last["unigram_entropy"] - last["loss"]
+    assert float(gain.sel(domain="code")) >= 1.3
+    assert float(gain.sel(domain="prose")) >= 1.0
+    for domain in ("code", "prose", "arithmetic", "facts"):
+        row = last.sel(domain=domain)
+        assert 0 < float(row["gzip_bits_per_byte"]) < 8 and int(row["bytes"]) > 5000
+        bits = float(row["loss"] * row["tokens"] / row["bytes"] / np.log(2))
+        assert float(row["bits_per_byte"]) == pytest.approx(bits)
+
+
+def test_the_toy_keeps_its_experts(toy: xr.DataTree) -> None:
+    assert float(metrics.dead_experts(toy).mean()) <= 0.1
+
+
+def test_the_notebook_shows_every_figure_and_the_table(toy: xr.DataTree, folder: Path) -> None:
+    notebook = nbformat.read(folder / "toy.ipynb", as_version=4)
+    images = [o for c in notebook.cells if c.cell_type == "code" for o in c.outputs
+              if "image/png" in o.get("data", {})]
+    assert len(images) == 7
+    text = json.dumps([c.get("outputs", []) for c in notebook.cells])
+    for word in ("gzip", "MaxVio", "BatchHet", "time-compressed"):
+        assert word in text
+    assert not [o for c in notebook.cells for o in c.get("outputs", [])
+                if o.output_type == "stream" and o.name == "stderr"]
+
+
+def test_same_parameters_same_bits_and_a_clean_nbdiff(
+    folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    runs = [
+        execute(folder / f"{i}.ipynb", steps=60, seed=3, name=name(tmp_path_factory, f"same{i}"))
+        for i in "ab"
+    ]
+    for group, names in {
+        "train": ("loss", "grad_norm"),
+        "routing": ("count", "bias"),
+        "evaluation": ("loss", "count"),
+    }.items():
+        for each in names:
+            np.testing.assert_array_equal(runs[0][group][each], runs[1][group][each])
+    command = [sys.executable, "-m", "nbdime", "diff", "--no-color"]
+    paths = [str(folder / "a.ipynb"), str(folder / "b.ipynb")]
+    shown = subprocess.run([*command, *paths], capture_output=True, text=True, cwd=ROOT).stdout
+    headings = [line for line in shown.splitlines() if line.startswith("##")]
+    assert headings
+    for heading in headings:
+        assert "outputs" in heading or "source" in heading, heading
+    sources = subprocess.run(
+        [*command, "-s", *paths], capture_output=True, text=True, cwd=ROOT
+    ).stdout
+    changed = [line for line in sources.splitlines() if line[:1] in "+-" and "  " in line]
+    assert changed and all("name" in line for line in changed if "=" in line)
+
+
+@pytest.mark.parametrize(
+    ("parameters", "sentence"),
+    [
+        ({"stpes": 3}, "there is no parameter 'stpes'"),
+        ({"scale": "larg"}, "scale is 'larg'; it must be one of"),
+    ],
+)
+def test_bad_input_ends_in_one_sentence(folder: Path, parameters: dict, sentence: str) -> None:
+    command = [sys.executable, "-m", "papermill", str(TRAIN), str(folder / "bad.ipynb")]
+    for key, value in parameters.items():
+        command += ["-p", key, str(value)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=folder)
+    assert done.returncode != 0
+    assert sentence in done.stderr
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_notebooks_are_committed_as_agreed(path: Path) -> None:
+    notebook = nbformat.read(path, as_version=4)
+    nbformat.validate(notebook)
+    assert notebook.metadata.kernelspec.name == "python3"
+    code = [c for c in notebook.cells if c.cell_type == "code"]
+    assert not any(c.outputs or c.execution_count for c in code)
+    (parameters,) = [c for c in code if "parameters" in c.metadata.get("tags", [])]
+    inspected = papermill.inspect_notebook(str(path))
+    names = [line.split(":")[0] for line in parameters.source.splitlines()]
+    assert names == list(inspected)
+    for each in inspected.values():
+        assert each["help"] and each["inferred_type_name"] != "None", each
+        later = "".join(c.source for c in code if c is not parameters)
+        assert f"{each['name']}=" in later, f"{each['name']} is read by no later cell"
+
+
+def test_help_lists_every_parameter() -> None:
+    command = [sys.executable, "-m", "papermill", "--help-notebook", str(TRAIN)]
+    shown = subprocess.run(command, capture_output=True, text=True).stdout
+    assert "steps: int" in shown and "Unknown type" not in shown
+    for each in papermill.inspect_notebook(str(TRAIN)).values():
+        assert each["name"] in shown and each["help"].split()[0] in shown
+
+
+@pytest.mark.slow
+def test_without_a_balancer_routing_collapses(
+    folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """256 experts, top-4, 300 steps: at least 40% dead, five times as many as SMEBU's."""
+    dead = {}
+    for method in ("none", "smebu"):
+        run = execute(
+            folder / f"{method}.ipynb",
+            num_experts=256,
+            steps=300,
+            balance=method,
+            name=name(tmp_path_factory, method),
+        )
+        assert float(metrics.validation_load(run).mean()) >= 100
+        dead[method] = float(metrics.dead_experts(run).mean())
+    assert dead["none"] >= 0.4
+    assert dead["none"] >= 5 * dead["smebu"]

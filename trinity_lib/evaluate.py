@@ -1,0 +1,70 @@
+"""Loss per domain on held-out rows, beside what the same text costs without a model."""
+
+import gzip
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer
+
+from trinity_lib.balance import load
+from trinity_lib.data import IGNORE, Batch, target_bytes
+from trinity_lib.losses import token_loss
+from trinity_lib.metrics import load_entropy
+from trinity_lib.model import Trinity
+
+ROWS_AT_ONCE = 8
+
+
+class Domain(NamedTuple):
+    """Held-out rows of one domain and their model-free costs."""
+
+    batch: Batch
+    """The rows."""
+    bytes: int
+    """UTF-8 bytes of the text that the targets spell."""
+    gzip_bits_per_byte: float
+    """gzip -9 on those bytes."""
+    unigram_entropy: float
+    """Entropy of the targets' own frequencies, nats: no unigram model does better."""
+
+
+def domain(batch: Batch, tokenizer: Tokenizer) -> Domain:
+    """Measure a domain's rows once."""
+    text = target_bytes(batch, tokenizer)
+    counts = np.bincount(batch.targets_BS[batch.targets_BS != IGNORE])
+    packed = 8 * len(gzip.compress(text, compresslevel=9, mtime=0)) / len(text)
+    return Domain(batch, len(text), packed, float(load_entropy(counts)))
+
+
+@torch.no_grad()
+def domains(model: Trinity, held_out: Mapping[str, Domain]) -> dict[str, Any]:
+    """The values of one step of /evaluation: arrays [split=1, domain] and expert counts.
+
+    Experts are chosen by the biases stored in the model.
+    """
+    results = [_domain(model, each) for each in held_out.values()]
+    return {name: np.stack([r[name] for r in results])[None] for name in results[0]}
+
+
+def _domain(model: Trinity, held_out: Domain) -> dict[str, Any]:
+    device = model.embedding.weight.device
+    nats, tokens, counts = 0.0, 0, np.zeros((), dtype=np.int64)
+    for start in range(0, len(held_out.batch.tokens_BS), ROWS_AT_ONCE):
+        parts = (a[start : start + ROWS_AT_ONCE] for a in held_out.batch)
+        tokens_BS, targets_BS, documents_BS = (torch.from_numpy(a).to(device) for a in parts)
+        output = model(tokens_BS, documents_BS)
+        loss = token_loss(output.logits, targets_BS)
+        nats += float(loss.cross_entropy)
+        tokens += int(loss.tokens)
+        counts = counts + load(output.routing, documents_BS.flatten() >= 0).cpu().numpy()
+    return {
+        "loss": nats / tokens,
+        "bits_per_byte": nats / np.log(2) / held_out.bytes,
+        "gzip_bits_per_byte": held_out.gzip_bits_per_byte,
+        "unigram_entropy": held_out.unigram_entropy,
+        "tokens": tokens,
+        "bytes": held_out.bytes,
+        "count": counts,
+    }
