@@ -1,0 +1,56 @@
+# Six words: setup train test check notebooks bench. Each sets up what it needs.
+# In an activated conda environment named trinity its own python is used instead of .venv.
+
+ifeq ($(CONDA_DEFAULT_ENV),trinity)
+PY := python
+READY :=
+else
+PYTHON ?= python3
+PY := .venv/bin/python
+READY := .venv/.ready
+endif
+PIP := $(PY) -m pip --disable-pip-version-check -q
+CODE := trinity_lib tests notebooks benchmarks
+
+.PHONY: setup train test check notebooks bench gpu megablocks
+
+setup: $(READY)
+
+.venv/.ready: pyproject.toml constraints.txt
+	test -x .venv/bin/python || $(PYTHON) -m venv .venv
+	$(PIP) install -c constraints.txt -e '.[dev]'
+	$(MAKE) megablocks
+	touch $@
+
+# MegaBlocks pins an old torch, so it is installed without its dependencies; and as pure
+# Python, because its CUDA parts do not compile with CUDA 13 (its setup.py offers no switch).
+MEGABLOCKS := megablocks==0.10.0 stanford-stk==0.7.1
+megablocks:
+	@$(PY) -c "from importlib.metadata import version as v; assert v('megablocks') == '0.10.0' and v('stanford-stk') == '0.7.1' and v('triton') == '3.7.1'" 2>/dev/null || { \
+	set -e; echo "installing $(MEGABLOCKS)"; \
+	$(PIP) install -c constraints.txt triton; \
+	rm -rf build/megablocks && mkdir -p build/megablocks; \
+	TORCH_CUDA_ARCH_LIST=9.0 $(PIP) download --no-deps --no-build-isolation --no-binary :all: -d build/megablocks $(MEGABLOCKS); \
+	for sdist in build/megablocks/*.tar.gz; do tar -xzf $$sdist -C build/megablocks; done; \
+	for source in build/megablocks/*/; do (cd $$source && $(abspath $(PY)) -W ignore -c "import torch.utils.cpp_extension as e; e.CUDA_HOME = None; from setuptools import build_meta as b; b.build_wheel('..')" >/dev/null 2>build.log || { cat build.log; exit 1; }); done; \
+	$(PIP) install --no-deps build/megablocks/*.whl; }
+
+train: setup
+	$(PY) -m papermill notebooks/train.ipynb runs/train.ipynb --progress-bar --log-output
+
+test: setup
+	$(PY) -m pytest
+
+check: setup
+	$(PY) -m ruff check $(CODE)
+	$(PY) -m ruff format --check $(CODE)
+	$(PY) -m mypy trinity_lib
+
+notebooks: setup
+	$(PY) -m pytest -m slow tests
+
+bench: setup
+	set -e; for program in benchmarks/*.py; do $(PY) $$program; done
+
+gpu: setup
+	$(PY) -m pytest -m gpu tests
