@@ -5,21 +5,25 @@ prose domain's, so that no text stands in two domains or two splits.
 """
 
 import ast
+import contextlib
 import hashlib
 import inspect
 import io
+import itertools
 import json
 import os
 import platform
+import re
 import shutil
 import sys
 import sysconfig
 import time
 import tokenize
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
+from typing import Any
 
 from tqdm import tqdm
 
@@ -32,7 +36,8 @@ PEOPLE = 1500
 VALIDATION_SHARE = 10
 """One file in this many is validation."""
 TWIN_LINE = 20
-"""Characters from which a line counts when near-duplicates are looked for."""
+"""A line longer than this counts when near-duplicates are looked for."""
+TOPICS = "pydoc_data/topics.py"
 
 _SKIPPED = {
     "site-packages", "dist-packages", "test", "tests", "idle_test", "lib2to3", "encodings",
@@ -40,6 +45,7 @@ _SKIPPED = {
 }  # fmt: skip
 
 Documents = dict[str, dict[str, list[str]]]
+Spot = tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -58,8 +64,9 @@ class Corpus:
 
 def procedural(seed: int) -> Corpus:
     """Arithmetic and facts alone: small, quick, and the same on every Python."""
-    documents = _procedural(seed, sums=600, persons=200)
-    return Corpus(documents, _hash_documents(documents), hashlib.sha256().hexdigest())
+    documents = _procedural(seed, sums=(600, 60), persons=200)
+    digest = hashlib.sha256(_encode(documents)).hexdigest()
+    return Corpus(documents, digest, hashlib.sha256().hexdigest())
 
 
 def embedded(cache: Path, library: Path | None = None) -> Corpus:
@@ -68,71 +75,72 @@ def embedded(cache: Path, library: Path | None = None) -> Corpus:
     A cached corpus that no longer matches its manifest is built again; one whose source
     files have changed since is used as it is. Both are reported in `warnings`.
     """
-    library = library or Path(sysconfig.get_path("stdlib"))
-    folder = cache / "corpus"
-    files = _files(library)
+    files = _files(library or Path(sysconfig.get_path("stdlib")))
     sources = {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in files}
-    now = _hash_lines(f"{name} {digest}" for name, digest in sources.items())
+    lines = "".join(f"{name} {digest}\n" for name, digest in sources.items())
+    now = hashlib.sha256(lines.encode()).hexdigest()
+    folder = cache / "corpus"
     warnings = []
-    documents = _read(folder) if folder.exists() else None
-    if folder.exists() and documents is None:
-        warnings.append(f"the cached corpus in {folder} did not match its manifest; built again.")
-        shutil.rmtree(folder)
-    if documents is None:
-        documents = _build(files)
-        _write(folder, documents, sources, now)
-    then = json.loads((folder / "manifest.json").read_text())["sources_sha256"]
-    if then != now:
+    made = _read(folder)
+    if made is None:
+        if folder.exists():
+            warnings.append(f"the corpus in {folder} did not match its manifest; built again.")
+        documents, counts = _build(files)
+        made = _write(folder, documents, counts | {"sources_sha256": now, "sources": sources})
+    if made.sources_sha256 != now:
         warnings.append(
-            f"the corpus was made from other standard-library files (hash {then[:12]}) than "
-            f"this Python's (hash {now[:12]}); delete {folder} to make it anew."
+            f"the corpus was made from other standard-library files (hash "
+            f"{made.sources_sha256[:12]}) than this Python's (hash {now[:12]}); "
+            f"delete {folder} to make it anew."
         )
-    return Corpus(documents, _hash_documents(documents), then, tuple(warnings))
+    return replace(made, warnings=tuple(warnings))
 
 
 def _files(library: Path) -> list[tuple[str, Path]]:
     found = []
-    for path in library.rglob("*.py"):
-        name = path.relative_to(library)
-        if not _SKIPPED & set(name.parts) and not name.parts[0].startswith("config-"):
-            found.append((name.as_posix(), path))
-    topics = library / "pydoc_data" / "topics.py"
-    if topics.is_file():
-        found.append(("pydoc_data/topics.py", topics))
+    for root, folders, names in os.walk(library):
+        # Pruned, not filtered: site-packages may hold more files than all the rest.
+        folders[:] = [f for f in folders if f not in _SKIPPED and not f.startswith("config-")]
+        paths = (Path(root, name) for name in names if name.endswith(".py"))
+        found += [(path.relative_to(library).as_posix(), path) for path in paths]
+    if (library / TOPICS).is_file():
+        found.append((TOPICS, library / TOPICS))
     return sorted(found)
 
 
-def _build(files: Sequence[tuple[str, Path]]) -> Documents:
-    """Read, split, strip and deduplicate; a quarter of a minute."""
-    documents = _procedural(SEED, sums=6000, persons=PEOPLE)
+def _build(files: Sequence[tuple[str, Path]]) -> tuple[Documents, dict[str, Any]]:
+    """Read, split, strip and deduplicate: the documents, and what was left out."""
+    documents = _procedural(SEED, sums=(6000, 400), persons=PEOPLE)
     for split in SPLITS:
         documents[split] = {"code": [], "prose": [], **documents[split]}
     terminal = sys.stderr.isatty()
     if not terminal:
-        print(f"building the corpus from {len(files)} files, once", file=sys.stderr)
+        which = f"{len(files)} files of Python {platform.python_version()}"
+        print(f"building the corpus from {which}, once: some 15 s", file=sys.stderr)
+    skipped = 0
     for name, path in tqdm(files, desc="corpus", unit="file", disable=not terminal):
         try:
-            text = path.read_text(encoding="utf-8")
-            if name == "pydoc_data/topics.py":
-                _add_topics(documents, text)
-                continue
-            code, prose = separate(text)
-        except (SyntaxError, UnicodeDecodeError, tokenize.TokenError):
-            continue  # sources of other Pythons, kept as data in some libraries
-        if code.strip():
-            documents[_split(name)]["code"].append(code)
-        if prose.strip():
-            documents[_split(name)]["prose"].append(prose)
+            _add(documents, name, path.read_text(encoding="utf-8"))
+        except (SyntaxError, ValueError, tokenize.TokenError):
+            skipped += 1  # sources of other Pythons, kept as data in some libraries
+    twins = {}
     for domain in ("code", "prose"):
-        kept = without_twins(documents["train"][domain], documents["validation"][domain])
+        train = documents["train"][domain]
+        kept = without_twins(train, documents["validation"][domain])
         documents["train"][domain] = kept
-    return documents
+        twins[domain] = len(train) - len(kept)
+    return documents, {"files": len(files), "skipped": skipped, "near_duplicates": twins}
 
 
-def _add_topics(documents: Documents, text: str) -> None:
-    (assignment,) = [n for n in ast.parse(text).body if isinstance(n, ast.Assign)]
-    for topic, prose in ast.literal_eval(assignment.value).items():
-        documents[_split(f"topic {topic}")]["prose"].append(prose.strip() + "\n")
+def _add(documents: Documents, name: str, text: str) -> None:
+    if name == TOPICS:
+        (assignment,) = [n for n in ast.parse(text).body if isinstance(n, ast.Assign)]
+        for topic, prose in ast.literal_eval(assignment.value).items():
+            documents[_split(f"topic {topic}")]["prose"].append(prose.strip() + "\n")
+        return
+    for domain, part in zip(("code", "prose"), separate(text), strict=True):
+        if part.strip():
+            documents[_split(name)][domain].append(part)
 
 
 def _split(name: str) -> str:
@@ -140,16 +148,16 @@ def _split(name: str) -> str:
     return SPLITS[int.from_bytes(digest[:4], "big") % VALIDATION_SHARE == 0]
 
 
-def _procedural(seed: int, sums: int, persons: int) -> Documents:
+def _procedural(seed: int, sums: tuple[int, int], persons: int) -> Documents:
     known = world.people(Random(seed), persons)
     third = known[: persons // 3]
     return {
         "train": {
-            "arithmetic": world.arithmetic(Random(seed + 1), sums, "train"),
+            "arithmetic": world.arithmetic(Random(seed + 1), sums[0], "train"),
             "facts": world.facts(Random(seed + 2), known, "train"),
         },
         "validation": {
-            "arithmetic": world.arithmetic(Random(seed + 3), sums // 10, "validation"),
+            "arithmetic": world.arithmetic(Random(seed + 3), sums[1], "validation"),
             "facts": world.facts(Random(seed + 4), third, "validation", exposures=1),
         },
     }
@@ -157,36 +165,53 @@ def _procedural(seed: int, sums: int, persons: int) -> Documents:
 
 def separate(source: str) -> tuple[str, str]:
     """(code without comments and docstrings, those comments and docstrings as prose)."""
-    lines = source.splitlines()
-    replaced: dict[int, str] = {}
+    # Not splitlines, which also ends lines at form feeds, as Python's own rows do not.
+    lines: list[str | None] = [*source.split("\n")]
     notes: list[tuple[int, str]] = []
-    for expression, alone in _docstrings(ast.parse(source)):
-        notes.append((expression.lineno, inspect.cleandoc(expression.value.value)))
-        first, last = expression.lineno - 1, expression.end_lineno - 1
-        before = lines[first].encode()[: expression.col_offset].decode()
-        after = lines[last].encode()[expression.end_col_offset :].decode()
-        after = after.lstrip().removeprefix(";").lstrip() if "#" not in after else ""
-        replaced |= dict.fromkeys(range(first, last + 1), "")
-        replaced[first] = before + ("pass" if alone and not after else after)
+    spans = []
+    for first, last, text, instead in _docstrings(ast.parse(source), source.split("\n")):
+        notes.append((first[0], text))
+        spans.append((first, last, instead))
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
-        row, column = token.start[0] - 1, token.start[1]
+        first, last = (token.start[0] - 1, token.start[1]), (token.end[0] - 1, token.end[1])
         if token.type == tokenize.COMMENT:
-            notes.append((row + 1, token.string.lstrip("#! \t")))
-            if row not in replaced:
-                replaced[row] = lines[row][:column]
-    kept = (replaced.get(i, line).rstrip() for i, line in enumerate(lines))
-    code = "\n".join(line for line in kept if line)
+            notes.append((first[0], token.string.lstrip("#! \t")))
+            if not any(start <= first < end for start, end, _ in spans):
+                spans.append((first, last, ""))
+    for (row, column), (end, after), instead in sorted(spans, reverse=True):
+        line = f"{(lines[row] or '')[:column]}{instead}{(lines[end] or '')[after:]}".rstrip()
+        lines[row : end + 1] = [line or None, *[None] * (end - row)]
+    code = "\n".join(line for line in lines if line is not None).strip("\n")
     return code + "\n", _prose(notes)
 
 
-def _docstrings(tree: ast.Module) -> Iterable[tuple[ast.Expr, bool]]:
-    """Each docstring's expression, and whether it is all there is in its block."""
+def _docstrings(
+    tree: ast.Module, lines: Sequence[str]
+) -> Iterator[tuple[Spot, Spot, str, str]]:
+    """(start, end, text, what to leave in its place) of every docstring.
+
+    A string after a docstring would become one when the first is gone, so it goes too.
+    """
     holders = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
     for node in ast.walk(tree):
-        if isinstance(node, holders) and ast.get_docstring(node, clean=False) is not None:
-            expression = node.body[0]
-            assert isinstance(expression, ast.Expr)
-            yield expression, len(node.body) == 1 and not isinstance(node, ast.Module)
+        if not isinstance(node, holders):
+            continue
+        leading = itertools.takewhile(_is_string, node.body)
+        strings = [s for s in leading if isinstance(s, ast.Expr)]
+        alone = len(strings) == len(node.body) and not isinstance(node, ast.Module)
+        for i, statement in enumerate(strings):
+            row, end = statement.lineno - 1, (statement.end_lineno or 0) - 1
+            column = len(lines[row].encode()[: statement.col_offset].decode())
+            after = len(lines[end].encode()[: statement.end_col_offset].decode())
+            separator = re.compile(r"\s*;?\s*").match(lines[end], after)
+            text = inspect.cleandoc(ast.literal_eval(statement.value))
+            stop = separator.end() if separator else after
+            yield (row, column), (end, stop), text, "pass" if alone and not i else ""
+
+
+def _is_string(statement: ast.stmt) -> bool:
+    constant = statement.value if isinstance(statement, ast.Expr) else None
+    return isinstance(constant, ast.Constant) and isinstance(constant.value, str)
 
 
 def _prose(notes: Iterable[tuple[int, str]]) -> str:
@@ -194,75 +219,80 @@ def _prose(notes: Iterable[tuple[int, str]]) -> str:
     paragraphs: list[str] = []
     last = -2
     for row, text in sorted(notes):
-        if row == last + 1 and paragraphs:
+        if row == last + 1:
             paragraphs[-1] += "\n" + text
-        elif text.strip():
+        else:
             paragraphs.append(text)
         last = row
-    return "\n\n".join(paragraphs) + "\n"
+    return "\n\n".join(filter(None, (text.strip() for text in paragraphs))) + "\n"
 
 
 def without_twins(train: list[str], validation: list[str]) -> list[str]:
     """Training texts that share at most half of their longer lines with validation."""
     held_out = set().union(*(_long_lines(text) for text in validation))
     return [
-        text
-        for text in train
-        if 2 * len((lines := _long_lines(text)) & held_out) <= len(lines)
+        text for text in train if 2 * len((lines := _long_lines(text)) & held_out) <= len(lines)
     ]
 
 
 def _long_lines(text: str) -> set[str]:
-    return {line.strip() for line in text.splitlines() if len(line.strip()) >= TWIN_LINE}
+    return {line.strip() for line in text.splitlines() if len(line.strip()) > TWIN_LINE}
 
 
-def _hash_lines(lines: Iterable[str]) -> str:
-    digest = hashlib.sha256()
-    for line in lines:
-        digest.update(line.encode() + b"\n")
-    return digest.hexdigest()
-
-
-def _hash_documents(documents: Documents) -> str:
-    return _hash_lines(
-        json.dumps([split, domain, text])
+def _encode(documents: Documents) -> bytes:
+    """One JSON line a document: what is stored, and what is hashed."""
+    lines = (
+        json.dumps([split, domain, text]) + "\n"
         for split in SPLITS
         for domain, texts in documents[split].items()
         for text in texts
     )
+    return "".join(lines).encode()
 
 
-def _write(folder: Path, documents: Documents, sources: dict[str, str], now: str) -> None:
-    """Into a temporary folder, then renamed; another process may have been quicker."""
+def _write(folder: Path, documents: Documents, facts: dict[str, Any]) -> Corpus:
+    """Into a sibling folder, then renamed; where another process was quicker, its corpus."""
     temporary = folder.with_name(f"{folder.name}.{os.getpid()}.{time.time_ns()}")
     temporary.mkdir(parents=True)
-    (temporary / "corpus.json").write_text(json.dumps(documents))
+    encoded = _encode(documents)
+    (temporary / "corpus.jsonl").write_bytes(encoded)
     sizes = {
-        split: {name: [len(t), sum(map(len, t))] for name, t in domains.items()}
+        split: {
+            name: {"documents": len(texts), "bytes": sum(len(t.encode()) for t in texts)}
+            for name, texts in domains.items()
+        }
         for split, domains in documents.items()
     }
-    manifest = {
-        "python": platform.python_version(),
-        "sha256": _hash_documents(documents),
-        "sources_sha256": now,
-        "seed": SEED,
-        "documents_and_characters": sizes,
-        "sources": sources,
-    }
-    (temporary / "manifest.json").write_text(json.dumps(manifest, indent=1))
-    try:
-        temporary.rename(folder)
-    except OSError:
-        if not folder.exists():
-            raise
-        shutil.rmtree(temporary)
+    digest = hashlib.sha256(encoded).hexdigest()
+    manifest = {"python": platform.python_version(), "seed": SEED, "sha256": digest}
+    text = json.dumps(manifest | {"sizes": sizes} | facts, indent=1)
+    (temporary / "manifest.json").write_text(text, encoding="utf-8")
+    theirs = _read(folder)
+    if theirs is None:
+        with contextlib.suppress(FileNotFoundError):  # none there, or moved by another
+            os.replace(folder, temporary.with_name(f"{temporary.name}.damaged"))
+        try:
+            os.replace(temporary, folder)
+        except OSError:
+            theirs = _read(folder)
+            if theirs is None:
+                raise
+    for leftover in (temporary, temporary.with_name(f"{temporary.name}.damaged")):
+        shutil.rmtree(leftover, ignore_errors=True)
+    return theirs or Corpus(documents, digest, facts["sources_sha256"])
 
 
-def _read(folder: Path) -> Documents | None:
-    """The cached documents, or None where they are not what the manifest says."""
+def _read(folder: Path) -> Corpus | None:
+    """The cached corpus, or None where there is none or not what the manifest says."""
     try:
-        manifest = json.loads((folder / "manifest.json").read_text())
-        documents = json.loads((folder / "corpus.json").read_text())
-        return documents if _hash_documents(documents) == manifest["sha256"] else None
-    except (OSError, ValueError, KeyError, AttributeError, TypeError):
+        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        encoded = (folder / "corpus.jsonl").read_bytes()
+        recorded, sources = manifest["sha256"], manifest["sources_sha256"]
+    except (OSError, ValueError, KeyError, TypeError):
         return None
+    if hashlib.sha256(encoded).hexdigest() != recorded:
+        return None
+    documents: Documents = {split: {domain: [] for domain in DOMAINS} for split in SPLITS}
+    for split, domain, text in map(json.loads, encoded.splitlines()):
+        documents[split][domain].append(text)
+    return Corpus(documents, recorded, sources)

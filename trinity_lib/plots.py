@@ -31,7 +31,7 @@ def loss(run: xr.DataTree) -> Figure:
     for color, domain in zip(sns.color_palette(n_colors=len(domains)), domains, strict=True):
         curve = evaluation["loss"].sel(domain=domain, split="validation")
         axes[0].plot(curve.step, curve, "o-", color=color, ms=4, label=f"validation, {domain}")
-        entropy = float(evaluation["unigram_entropy"].sel(domain=domain).isel(step=-1))
+        entropy = float(evaluation["unigram_entropy"].sel(domain=domain).values.flat[-1])
         axes[0].axhline(entropy, color=color, ls=":", lw=1)
     axes[0].plot([], [], color="0.5", ls=":", label="unigram entropy, same colours")
     rate = axes[0].twinx()

@@ -176,11 +176,7 @@ def start(config: RunConfig, runs: Path, cache: Path) -> Session:
         require(bool(phase.mixture), "phase.mixture", phase.mixture, "shares by domain")
         stream.mix(phase.mixture)
 
-    model = Trinity(config.model)
-    model.initialise(torch.Generator().manual_seed(seed))
-    model = model.to(device=config.device, dtype=getattr(torch, config.dtype))
-    for router in model.routers():
-        router.bias_E = router.bias_E.float()
+    model = new_model(config)
     layers, experts = config.model.moe_layers, config.model.router.num_experts
     name = config.name or _name(config)
     writer = Writer(
@@ -211,6 +207,18 @@ def start(config: RunConfig, runs: Path, cache: Path) -> Session:
         writer=writer,
         progress=Progress(sum(config.steps), config.log_every, writer.folder.name),
     )
+
+
+def new_model(config: RunConfig) -> Trinity:
+    """The run's initial weights: drawn in fp32 on the CPU, whatever device and dtype."""
+    with torch.device("meta"):  # the modules' own initialisation would use the global RNG
+        model = Trinity(config.model)
+    model = model.to_empty(device="cpu")
+    model.initialise(torch.Generator().manual_seed(config.seed))
+    model = model.to(device=config.device, dtype=getattr(torch, config.dtype))
+    for router in model.routers():
+        router.bias_E = router.bias_E.float()
+    return model
 
 
 def _phase(session: Session, index: int) -> None:

@@ -14,39 +14,44 @@ VALIDATION_SHARE = 10
 HELD_OUT_TEMPLATES = 2
 """Phrasings of each attribute, the last ones, that occur in validation alone."""
 
-_FIRST = (
+
+def _words(text: str) -> list[str]:
+    return text.split()
+
+
+_FIRST = _words(
     "Ada Alma Amir Anika Arlo Astrid Bela Bruno Carla Cleo Cyril Dalia Dario Dina Edda Elio "
     "Emil Enzo Esme Fadi Fay Felix Flora Gita Greta Hana Hugo Ida Imre Inez Iris Ivo Jana "
     "Joel Juno Kai Kira Lars Leda Lena Lior Luca Mara Milo Mina Nadia Nils Noor Olga Omar "
     "Otto Petra Quinn Rafi Rhea Rosa Saul Selma Silas Tara Theo Tove Uma Vera Viggo Wanda "
     "Xenia Yara Yusuf Zara"
-).split()
-_LAST = (
+)
+_LAST = _words(
     "Abbott Adler Amsel Baker Banks Becker Blum Borg Brandt Castro Chang Clark Cohen Costa "
     "Dahl Decker Diaz Dunn Ebert Evans Falk Fisher Fonseca Frost Garcia Gomez Grant Gruber "
     "Haas Hansen Holm Ibarra Jansen Kaplan Keller Khan Klein Kovac Lang Larsen Lopez Lund "
     "Marek Meyer Moreno Moss Nagy Novak Okafor Olsen Park Patel Pohl Quist Ramos Reyes Roth "
     "Santos Sato Silva Stein Tanaka Toth Ueda Varga Vogel Weber Wolff Young Zeller Zimmer"
-).split()
-_CITY = (
+)
+_CITY = _words(
     "Accra Amman Athens Baku Bergen Berlin Bogota Boston Brno Cairo Cork Dakar Delhi Denver "
     "Dublin Essen Geneva Ghent Hanoi Havana Izmir Jaipur Kigali Kyoto Lagos Lima Lisbon Lyon "
     "Malmo Manila Milan Minsk Nairobi Naples Oslo Osaka Porto Prague Quito Riga Rome Seoul "
     "Sofia Tallinn Tunis Turin Vienna Warsaw Zagreb Zurich"
-).split()
-_JOB = (
+)
+_JOB = _words(
     "actor architect astronomer baker banker barber botanist brewer butcher carpenter chemist "
     "clerk composer cook dancer dentist diver doctor editor farmer florist gardener geologist "
     "glazier grocer judge lawyer librarian mason mechanic miner nurse painter pharmacist pilot "
     "plumber poet potter printer sailor sculptor singer surgeon tailor teacher translator "
     "violinist waiter weaver welder"
-).split()
-_HOBBY = (
+)
+_HOBBY = _words(
     "archery astronomy badminton baking bowling calligraphy camping canoeing carving chess "
     "climbing cricket croquet curling cycling darts diving fencing fishing gardening golf "
     "hiking hockey judo juggling knitting origami painting photography pottery reading rowing "
     "rugby running sailing sewing singing skating skiing surfing swimming tennis weaving yoga"
-).split()
+)
 
 _TEMPLATES: dict[str, tuple[str, ...]] = {
     "city": (

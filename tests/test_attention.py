@@ -1,0 +1,103 @@
+"""Attention against loops over heads and positions written from the equations."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from trinity_lib.attention import Attention, AttentionConfig, context, positions
+
+CONFIG = AttentionConfig(num_heads=6, num_kv_heads=2, head_dim=4, window=3, rope_theta=100.0)
+
+
+def layer(is_global: bool) -> Attention:
+    built = Attention(CONFIG, 10, 1e-5, is_global).double()
+    generator = torch.Generator().manual_seed(3)
+    for p in built.parameters():
+        torch.nn.init.normal_(p, std=0.6, generator=generator)
+    return built
+
+
+def norm(v: Tensor, gain: Tensor) -> Tensor:
+    return v / torch.sqrt(v.pow(2).mean() + 1e-5) * gain
+
+
+def turn(v: Tensor, position: int) -> Tensor:
+    """Rotate-half RoPE: coordinate i is paired with coordinate i + half."""
+    out, half = v.clone(), len(v) // 2
+    for i in range(half):
+        angle = position * 100.0 ** (-2 * i / len(v))
+        a, b = v[i], v[i + half]
+        out[i] = a * math.cos(angle) - b * math.sin(angle)
+        out[i + half] = b * math.cos(angle) + a * math.sin(angle)
+    return out
+
+
+def by_loop(built: Attention, x: Tensor, documents: list[int]) -> Tensor:
+    """One row, head by head and position by position."""
+    S, dim = len(x), CONFIG.head_dim
+    place = [s - documents.index(documents[s]) for s in range(S)]
+    mixed = torch.zeros(S, CONFIG.num_heads * dim, dtype=x.dtype)
+    for h in range(CONFIG.num_heads):
+        j = h * CONFIG.num_kv_heads // CONFIG.num_heads
+        own, shared = slice(h * dim, (h + 1) * dim), slice(j * dim, (j + 1) * dim)
+        qs = [norm(built.query.weight[own] @ x[s], built.query_norm.weight_D) for s in range(S)]
+        ks = [norm(built.key.weight[shared] @ x[s], built.key_norm.weight_D) for s in range(S)]
+        if not built.is_global:
+            qs = [turn(q, place[s]) for s, q in enumerate(qs)]
+            ks = [turn(k, place[s]) for s, k in enumerate(ks)]
+        for t in range(S):
+            seen = [
+                s for s in range(t + 1)
+                if documents[s] == documents[t] and (built.is_global or t - s < CONFIG.window)
+            ]  # fmt: skip
+            weights = torch.stack([qs[t] @ ks[s] / math.sqrt(dim) for s in seen]).softmax(0)
+            values = torch.stack([built.value.weight[shared] @ x[s] for s in seen])
+            mixed[t, own] = weights @ values
+    return (mixed * torch.sigmoid(x @ built.gate.weight.T)) @ built.out.weight.T
+
+
+@pytest.mark.parametrize("is_global", [False, True])
+@pytest.mark.parametrize("documents", [[0] * 9, [0, 0, 1, 1, 1, 1, 1, 2, 2]])
+def test_against_the_equations(is_global: bool, documents: list[int]) -> None:
+    built = layer(is_global)
+    x = torch.randn(9, 10, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    numbered = torch.tensor([documents])
+    got = built(x[None], context(numbered, CONFIG, torch.float64))[0]
+    torch.testing.assert_close(got, by_loop(built, x, documents), atol=1e-12, rtol=1e-10)
+
+
+def test_positions_count_from_each_documents_start() -> None:
+    documents = torch.tensor([[0, 0, 1, 1, 1, 2], [0, 0, 0, 0, -1, -1]])
+    assert positions(documents).tolist() == [[0, 1, 0, 1, 2, 0], [0, 1, 2, 3, 0, 1]]
+
+
+def test_the_window_counts_the_token_itself() -> None:
+    shared = context(torch.zeros(1, 6, dtype=torch.long), CONFIG, torch.float32)
+    assert shared.window_B1SS.sum(-1).flatten().tolist() == [1, 2, 3, 3, 3, 3]
+    assert shared.everything_B1SS.sum(-1).flatten().tolist() == [1, 2, 3, 4, 5, 6]
+
+
+def test_no_gradient_crosses_a_documents_edge() -> None:
+    for is_global in (False, True):
+        x = torch.randn(1, 8, 10, dtype=torch.float64, requires_grad=True)
+        documents = torch.tensor([[0, 0, 0, 1, 1, 1, 2, 2]])
+        out = layer(is_global)(x, context(documents, CONFIG, torch.float64))
+        out[0, 3:6].square().sum().backward()
+        touched = x.grad[0].abs().sum(-1) > 0
+        assert touched.tolist() == [False] * 3 + [True] * 3 + [False] * 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"num_heads": 5}, r"num_kv_heads is 2; it must be a divisor of num_heads \(5\)"),
+        ({"head_dim": 3}, "head_dim is 3; it must be even"),
+        ({"window": 0}, "window is 0; it must be at least 1"),
+    ],
+)
+def test_bad_settings(changes: dict, sentence: str) -> None:
+    settings = {"num_heads": 6, "num_kv_heads": 2, "head_dim": 4, "window": 3}
+    with pytest.raises(ValueError, match=sentence):
+        AttentionConfig(**{**settings, **changes})

@@ -1,0 +1,155 @@
+"""Balancers against the published vector, plain loops and their own properties."""
+
+import math
+from typing import NamedTuple
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from trinity_lib import balance
+from trinity_lib.balance import BalanceConfig
+
+CONSTANTS = {"lam": 5e-4, "beta": 0.5, "kappa": 2.0}
+
+
+class Routed(NamedTuple):
+    scores_TE: Tensor
+    experts_TK: Tensor
+
+
+def by_hand(loads: list[float], steps: int) -> tuple[list[float], list[float]]:
+    """SMEBU in scalar arithmetic, from equations 23-28."""
+    count, mean = len(loads), sum(loads) / len(loads)
+    bias, momentum = [0.0] * count, [0.0] * count
+    for _ in range(steps):
+        step = [5e-4 * math.tanh(2 * (mean - n) / mean) for n in loads]
+        centre = sum(step) / count
+        momentum = [0.5 * m + 0.5 * (d - centre) for m, d in zip(momentum, step, strict=True)]
+        bias = [b + m for b, m in zip(bias, momentum, strict=True)]
+    return bias, momentum
+
+
+def test_smebu_reproduces_the_published_vector() -> None:
+    load = torch.tensor([[4, 3, 1, 8]])
+    bias = momentum = torch.zeros(1, 4, dtype=torch.float64)
+    printed = [
+        [-2.52024e-5, 9.03269e-5, 2.01085e-4, -2.66209e-4],
+        [-6.30059e-5, 2.25817e-4, 5.02712e-4, -6.65523e-4],
+    ]
+    for steps, digits in enumerate(printed, 1):
+        bias, momentum = balance.smebu(bias, momentum, load, **CONSTANTS)
+        expected_bias, expected_momentum = by_hand([4, 3, 1, 8], steps)
+        assert bias[0].tolist() == pytest.approx(expected_bias, abs=1e-12)
+        assert momentum[0].tolist() == pytest.approx(expected_momentum, abs=1e-12)
+        assert bias[0].tolist() == pytest.approx(digits, abs=1e-9)
+
+
+@given(st.lists(st.integers(0, 10_000), min_size=2, max_size=64), st.integers(1, 5))
+def test_smebu_steps_are_bounded_and_centred(loads: list[int], steps: int) -> None:
+    load = torch.tensor([loads])
+    bias = momentum = torch.zeros(1, len(loads), dtype=torch.float64)
+    for _ in range(steps):
+        before = bias
+        bias, momentum = balance.smebu(bias, momentum, load, **CONSTANTS)
+        assert (bias - before).abs().max() <= 2 * 5e-4
+        assert abs(float(bias.sum())) < 1e-12
+        assert bias.isfinite().all()
+    if len(set(loads)) > 1:
+        assert bias[0, loads.index(max(loads))] < bias[0, loads.index(min(loads))]
+
+
+def test_smebu_is_pure_and_does_not_depend_on_the_batch() -> None:
+    bias, momentum = torch.rand(2, 8), torch.rand(2, 8)
+    copies = bias.clone(), momentum.clone()
+    load = torch.randint(1, 50, (2, 8), generator=torch.Generator().manual_seed(0))
+    once = balance.smebu(bias, momentum, load, **CONSTANTS)
+    scaled = balance.smebu(bias, momentum, 1024 * load, **CONSTANTS)
+    assert torch.equal(bias, copies[0]) and torch.equal(momentum, copies[1])
+    assert torch.allclose(once[0], scaled[0]) and once[0].dtype == torch.float32
+
+
+def test_a_layer_without_tokens_keeps_its_direction() -> None:
+    momentum = torch.tensor([[0.2, -0.2]])
+    bias, after = balance.smebu(torch.zeros(1, 2), momentum, torch.zeros(1, 2), **CONSTANTS)
+    assert torch.equal(after, 0.5 * momentum) and torch.equal(bias, after)
+
+
+def test_sign_updates_are_centred() -> None:
+    bias = balance.sign(torch.zeros(1, 4, dtype=torch.float64), torch.tensor([[4, 3, 1, 8]]),
+                        gamma=1e-3)  # fmt: skip
+    expected = torch.tensor([[-2.5e-4, 7.5e-4, 7.5e-4, -1.25e-3]], dtype=torch.float64)
+    assert torch.allclose(bias, expected, atol=1e-15)
+
+
+def test_sequence_loss_against_plain_loops() -> None:
+    generator = torch.Generator().manual_seed(1)
+    B, S, E, K = 3, 7, 6, 2
+    scores = torch.rand(B * S, E, generator=generator, dtype=torch.float64)
+    experts = (scores + torch.rand(E, generator=generator)).topk(K).indices
+    documents = torch.randint(0, 3, (B, S), generator=generator)
+    documents[0, 5:] = -1
+    total = 0.0
+    for b in range(B):
+        tokens = [b * S + s for s in range(S) if documents[b, s] >= 0]
+        for i in range(E):
+            f = E / (K * len(tokens)) * sum(int(i in experts[t]) for t in tokens)
+            p = sum(float(scores[t, i] / scores[t].sum()) for t in tokens) / len(tokens)
+            total += f * p
+    assert float(balance.sequence_loss(scores, experts, documents)) == pytest.approx(total)
+
+
+def test_sequence_loss_is_one_a_row_when_even_and_has_a_gradient() -> None:
+    scores = torch.full((8, 4), 0.5, requires_grad=True)
+    experts = torch.tensor([[0, 1], [2, 3]] * 4)
+    loss = balance.sequence_loss(scores, experts, torch.zeros(2, 4, dtype=torch.long))
+    assert float(loss.detach()) == pytest.approx(2.0)
+    skewed = torch.tensor([[0, 1]] * 8)
+    balance.sequence_loss(scores, skewed, torch.zeros(2, 4, dtype=torch.long)).backward()
+    assert (scores.grad[:, :2] > 0).all() and (scores.grad[:, 2:] < 0).all()
+
+
+def test_loads_count_valid_tokens_once_per_choice() -> None:
+    routing = [Routed(torch.rand(4, 5), torch.tensor([[0, 1], [1, 2], [4, 1], [3, 0]]))] * 2
+    valid = torch.tensor([True, True, True, False])
+    assert balance.load(routing, valid).tolist() == [[1, 3, 1, 0, 1]] * 2
+
+
+def test_none_never_moves_and_has_no_loss() -> None:
+    none = balance.build(BalanceConfig(method="none"), 2, 4)
+    scores = torch.rand(3, 4)
+    assert none.select(scores, 0) is scores
+    none.update(torch.tensor([[9, 0, 0, 0]] * 2))
+    assert not none.bias_LE.any()
+    assert none.loss([], torch.zeros(1, 3, dtype=torch.long)) is None
+
+
+@pytest.mark.parametrize("method", ["sign", "smebu"])
+def test_a_fixed_router_is_brought_to_balance(method: str) -> None:
+    """Skewed scores, no learning: the bias alone must even the loads out."""
+    balancer = balance.build(BalanceConfig(method=method, rate=5e-3), 1, 8)
+    generator = torch.Generator().manual_seed(0)
+    skew = torch.linspace(0, 0.5, 8)
+    for _ in range(300):
+        scores = (torch.rand(512, 8, generator=generator) * 0.5 + skew).clamp(0, 1)
+        experts = balancer.select(scores, 0).topk(2).indices
+        load = balancer.observe([Routed(scores, experts)], torch.ones(512, dtype=torch.bool))
+        balancer.update(load)
+    assert load.max() / load.float().mean() < 1.35
+    assert balancer.bias_LE[0, 0] > balancer.bias_LE[0, -1]
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"method": "sinkhorn"}, "method is 'sinkhorn'; it must be one of none, sign, smebu"),
+        ({"rate": -1}, "balance.rate is -1.0"),
+        ({"beta": 1.0}, "balance.beta is 1.0"),
+        ({"kappa": 0}, "balance.kappa is 0.0"),
+    ],
+)
+def test_bad_settings(changes: dict, sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        BalanceConfig(**changes)

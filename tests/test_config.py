@@ -1,0 +1,111 @@
+"""Settings: round trips, overrides, coercion, and one sentence for every mistake."""
+
+import json
+from dataclasses import dataclass
+from typing import Literal
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from trinity_lib import config
+from trinity_lib.config import check
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inner:
+    rate: float = 0.5
+    kind: Literal["a", "b"] = "a"
+    pair: tuple[int, int] | None = None
+    shares: dict[str, float]
+
+    def __post_init__(self) -> None:
+        check(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outer:
+    steps: int
+    flag: bool = False
+    inner: Inner
+    many: tuple[Inner, ...] = ()
+    name: str | None = None
+
+    def __post_init__(self) -> None:
+        check(self)
+
+
+FINITE = st.floats(allow_nan=False, allow_infinity=False)
+INNERS = st.builds(
+    Inner,
+    rate=FINITE,
+    kind=st.sampled_from(["a", "b"]),
+    pair=st.none() | st.tuples(st.integers(-9, 9), st.integers(-9, 9)),
+    shares=st.dictionaries(st.text(max_size=3), FINITE, max_size=3),
+)
+OUTERS = st.builds(
+    Outer,
+    steps=st.integers(-(2**40), 2**40),
+    flag=st.booleans(),
+    inner=INNERS,
+    many=st.lists(INNERS, max_size=3).map(tuple),
+    name=st.none() | st.text(max_size=5),
+)
+
+
+@given(OUTERS)
+def test_json_round_trip(settings: Outer) -> None:
+    text = config.to_json(settings)
+    assert config.from_json(Outer, text) == settings
+    assert config.digest(config.from_json(Outer, text)) == config.digest(settings)
+
+
+OUTER = Outer(steps=3, inner=Inner(shares={"x": 1.0}))
+
+
+def test_override_reaches_nested_settings() -> None:
+    changed = config.override(OUTER, {"steps": 4, "inner.rate": 2, "inner.kind": "b"})
+    assert (changed.steps, changed.inner.rate, changed.inner.kind) == (4, 2.0, "b")
+    assert changed.inner.shares == {"x": 1.0} and OUTER.steps == 3
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"stpes": 1}, "Outer has no setting 'stpes'; it has flag, inner"),
+        ({"inner.rat": 1}, "Inner has no setting 'rat'"),
+        ({"steps": "three"}, "steps is 'three'; it must be a whole number"),
+        ({"steps": 2.5}, "steps is 2.5; it must be a whole number"),
+        ({"steps": True}, "steps is True; it must be a whole number"),
+        ({"steps": None}, "steps is None; it must be a whole number"),
+        ({"steps": "nan"}, "it must be a whole number"),
+        ({"inner.rate": "fast"}, "rate is 'fast'; it must be a number"),
+        ({"inner.kind": "c"}, "kind is 'c'; it must be one of a, b"),
+        ({"inner.pair": [1]}, r"pair is \[1\]; it must be a list of 2"),
+        ({"inner.pair": 7}, "pair is 7; it must be a list"),
+        ({"inner.shares": 7}, "shares is 7; it must be a mapping"),
+        ({"inner.shares": {"x": "y"}}, "shares.x is 'y'; it must be a number"),
+        ({"flag": "yes"}, "flag is 'yes'; it must be true or false"),
+        ({"flag": 1}, "flag is 1; it must be true or false"),
+        ({"name": 3}, "name is 3; it must be text"),
+    ],
+)
+def test_mistakes_are_one_sentence(changes: dict, sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence) as error:
+        config.override(OUTER, changes)
+    assert "\n" not in str(error.value)
+
+
+def test_text_that_spells_a_value_is_taken() -> None:
+    changed = config.override(OUTER, {"steps": "12", "flag": "false", "inner.rate": "1e-3"})
+    assert (changed.steps, changed.flag, changed.inner.rate) == (12, False, 1e-3)
+    assert config.override(OUTER, {"steps": 4.0}).steps == 4
+
+
+def test_unknown_and_missing_keys_in_json() -> None:
+    values = json.loads(config.to_json(OUTER))
+    values["inner"]["extra"] = 1
+    with pytest.raises(ValueError, match="Inner has no setting 'extra'"):
+        config.from_json(Outer, json.dumps(values))
+    with pytest.raises(ValueError, match="Outer lacks steps, inner"):
+        config.from_json(Outer, "{}")

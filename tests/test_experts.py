@@ -1,0 +1,96 @@
+"""Dropless experts against a loop over tokens, outputs and all three kinds of gradients."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from trinity_lib import experts as module
+from trinity_lib.experts import Experts, backend_info
+from trinity_lib.routing import Routing
+
+
+def by_loop(experts: Experts, x: Tensor, routing: Routing) -> Tensor:
+    """Token by token, choice by choice."""
+    rows = []
+    for t in range(len(x)):
+        row = torch.zeros_like(x[t])
+        for k in range(routing.experts_TK.shape[1]):
+            e = int(routing.experts_TK[t, k])
+            inner = F.silu(experts.gate_EFD[e] @ x[t]) * (experts.up_EFD[e] @ x[t])
+            row = row + routing.weights_TK[t, k] * (inner @ experts.down_EFD[e])
+        rows.append(row)
+    return torch.stack(rows)
+
+
+def case(T: int, E: int, K: int, D: int, hidden: int, dtype: torch.dtype, chosen: str) -> tuple:
+    generator = torch.Generator().manual_seed(T + E + K + D)
+    experts = Experts(E, D, hidden).to(dtype)
+    for p in experts.parameters():
+        torch.nn.init.normal_(p, std=D**-0.5, generator=generator)
+    x = torch.randn(T, D, generator=generator, dtype=dtype)
+    ranking = torch.rand(T, E, generator=generator)
+    if chosen == "few":
+        ranking[:, :K] += 10.0
+    picks = ranking.topk(K).indices
+    weights = torch.rand(T, K, generator=generator, dtype=dtype)
+    return experts, x, picks, weights
+
+
+@pytest.mark.parametrize(
+    ("T", "E", "K", "D", "hidden", "dtype", "chosen"),
+    [
+        (17, 6, 2, 16, 8, torch.float32, "spread"),
+        (17, 6, 2, 16, 8, torch.float32, "few"),
+        (1, 5, 5, 16, 8, torch.float32, "spread"),
+        (9, 1, 1, 16, 8, torch.float32, "spread"),
+        (17, 6, 3, 10, 7, torch.float32, "spread"),
+        (17, 6, 2, 16, 8, torch.float64, "few"),
+        (17, 32, 4, 12, 5, torch.float64, "spread"),
+    ],
+)
+def test_outputs_and_gradients_are_the_loops(
+    T: int, E: int, K: int, D: int, hidden: int, dtype: torch.dtype, chosen: str
+) -> None:
+    experts, x, picks, weights = case(T, E, K, D, hidden, dtype, chosen)
+    tolerance = {"rtol": 1e-4, "atol": 1e-5} if dtype == torch.float32 else {"atol": 1e-12}
+    results = []
+    for function in (by_loop, Experts.forward):
+        x_, weights_ = x.clone().requires_grad_(), weights.clone().requires_grad_()
+        experts.zero_grad()
+        y = function(experts, x_, Routing(torch.empty(T, E), picks, weights_))
+        (y * torch.arange(y.numel(), dtype=dtype).view_as(y).cos()).sum().backward()
+        grads = [p.grad.clone() for p in experts.parameters()]
+        results.append([y.detach(), x_.grad, weights_.grad, *grads])
+    for expected, got in zip(*results, strict=True):
+        torch.testing.assert_close(got, expected, **{"rtol": 1e-10, **tolerance})
+
+
+def test_an_idle_expert_gets_exactly_no_gradient() -> None:
+    experts, x, picks, weights = case(17, 6, 2, 16, 8, torch.float32, "few")
+    experts(x, Routing(torch.empty(17, 6), picks, weights)).square().sum().backward()
+    assert experts.gate_EFD.grad[0].abs().max() > 0
+    assert not experts.gate_EFD.grad[2:].any() and not experts.down_EFD.grad[2:].any()
+
+
+def test_the_grouped_gemm_is_used_where_it_can_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    real = F.grouped_mm
+    monkeypatch.setattr(module.F, "grouped_mm", lambda *a, **k: calls.append(1) or real(*a, **k))
+    for D, dtype, expected in ((16, torch.float32, 3), (10, torch.float32, 0), (16, torch.float64, 0)):
+        calls.clear()
+        experts, x, picks, weights = case(5, 4, 2, D, 8, dtype, "spread")
+        experts(x, Routing(torch.empty(5, 4), picks, weights))
+        assert len(calls) == expected
+
+
+def test_a_plain_sum_backward_works() -> None:
+    """torch's grouped GEMM refuses an expanded gradient; the module must not."""
+    experts, x, picks, weights = case(5, 4, 2, 16, 8, torch.float32, "spread")
+    experts(x, Routing(torch.empty(5, 4), picks, weights)).sum().backward()
+    assert experts.up_EFD.grad.isfinite().all()
+
+
+def test_what_computes_is_reported() -> None:
+    info = backend_info()
+    assert info["backend"] == "torch" and info["megablocks_installed"] == "0.10.0"
