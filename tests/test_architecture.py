@@ -20,6 +20,7 @@ LAYERS = (
     ("checkpoint", "parallel", "evaluate"),
     ("plan",),
     ("rehearse",),
+    ("session",),
     ("train",),
     ("posttrain",),
     ("audit", "compare", "card", "study"),
@@ -35,7 +36,9 @@ def imports_of(path: Path) -> list[str]:
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and node.module == "trinity_lib":
             found += [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("trinity_lib."):
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith(
+            "trinity_lib."
+        ):
             found.append(node.module.split(".")[1])
         elif isinstance(node, ast.Import):
             found += [

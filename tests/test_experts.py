@@ -76,8 +76,14 @@ def test_an_idle_expert_gets_exactly_no_gradient() -> None:
 def test_the_grouped_gemm_is_used_where_it_can_be(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
     real = F.grouped_mm
-    monkeypatch.setattr(module.F, "grouped_mm", lambda *a, **k: calls.append(1) or real(*a, **k))
-    for D, dtype, expected in ((16, torch.float32, 3), (10, torch.float32, 0), (16, torch.float64, 0)):
+    monkeypatch.setattr(
+        module.F, "grouped_mm", lambda *a, **k: calls.append(1) or real(*a, **k)
+    )
+    for D, dtype, expected in (
+        (16, torch.float32, 3),
+        (10, torch.float32, 0),
+        (16, torch.float64, 0),
+    ):
         calls.clear()
         experts, x, picks, weights = case(5, 4, 2, D, 8, dtype, "spread")
         experts(x, Routing(torch.empty(5, 4), picks, weights))

@@ -71,7 +71,9 @@ def test_a_misspelt_parameter_is_refused(monkeypatch: pytest.MonkeyPatch) -> Non
     shell.user_ns["In"] = ["", "steps = None", "# Parameters\nsteps = 3\nstpes = 3\n"]
     monkeypatch.setattr(launch, "get_ipython", lambda: shell)
     assert launch.injected() == ["steps", "stpes"]
-    with pytest.raises(ValueError, match="no parameter 'stpes'; this notebook has scale, steps"):
+    with pytest.raises(
+        ValueError, match="no parameter 'stpes'; this notebook has scale, steps"
+    ):
         launch.configure(steps=3)
 
 

@@ -91,7 +91,9 @@ def test_the_embedding_is_scaled_and_the_residual_adds_up(tiny_model: ModelConfi
     from trinity_lib.attention import context
 
     here = context(torch.zeros_like(row), tiny_model.attention, torch.float32)
-    h = shared_in + block.attention_post_norm(block.attention(block.attention_norm(shared_in), here))
+    h = shared_in + block.attention_post_norm(
+        block.attention(block.attention_norm(shared_in), here)
+    )
     h = h + block.mlp_post_norm(block.dense(block.mlp_norm(h)))
     torch.testing.assert_close(states[1], h)
     torch.testing.assert_close(model(row).logits, model.head(model.norm(states[-1])))
@@ -136,7 +138,11 @@ def steps(
     losses, counts, states, choices = [], [], [], []
     for step in range(20):
         batch, size = tokens(config, 4, 16, seed=step), 4 // micro_batches
-        total, load, picked = 0.0, torch.zeros(3, config.router.num_experts, dtype=torch.long), []
+        total, load, picked = (
+            0.0,
+            torch.zeros(3, config.router.num_experts, dtype=torch.long),
+            [],
+        )
         for i in range(0, 4, size):
             part = batch[i : i + size]
             given = None
@@ -161,7 +167,9 @@ def steps(
 
 
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])
-def test_any_split_of_the_batch_is_the_same_run(tiny_model: ModelConfig, optimizer: str) -> None:
+def test_any_split_of_the_batch_is_the_same_run(
+    tiny_model: ModelConfig, optimizer: str
+) -> None:
     whole = steps(tiny_model, 1, optimizer)
     assert whole[0][-1] < whole[0][0]
     for micro_batches in (2, 4):
@@ -186,7 +194,10 @@ def test_counting_allocates_nothing_and_matches_a_real_model(tiny_model: ModelCo
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"num_dense_layers": 4}, r"num_dense_layers is 4; it must be from 0 to num_layers - 1"),
+        (
+            {"num_dense_layers": 4},
+            r"num_dense_layers is 4; it must be from 0 to num_layers - 1",
+        ),
         ({"width": 0}, "width is 0; it must be at least 1"),
         ({"vocab_size": -1}, "vocab_size is -1"),
         ({"num_shared_experts": -1}, "num_shared_experts is -1"),

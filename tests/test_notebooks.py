@@ -39,7 +39,9 @@ def printed_run_file(output: Path) -> Path:
 
 def name(tmp_path_factory: pytest.TempPathFactory, what: str) -> str:
     """A run name no other test session has taken."""
-    return f"test-{what}-{tmp_path_factory.getbasetemp().name}-{np.random.SeedSequence().entropy}"
+    return (
+        f"test-{what}-{tmp_path_factory.getbasetemp().name}-{np.random.SeedSequence().entropy}"
+    )
 
 
 @pytest.fixture(scope="module")
@@ -83,21 +85,32 @@ def test_the_toy_keeps_its_experts(toy: xr.DataTree) -> None:
 
 def test_the_notebook_shows_every_figure_and_the_table(toy: xr.DataTree, folder: Path) -> None:
     notebook = nbformat.read(folder / "toy.ipynb", as_version=4)
-    images = [o for c in notebook.cells if c.cell_type == "code" for o in c.outputs
-              if "image/png" in o.get("data", {})]
+    images = [
+        o
+        for c in notebook.cells
+        if c.cell_type == "code"
+        for o in c.outputs
+        if "image/png" in o.get("data", {})
+    ]
     assert len(images) == 7
     text = json.dumps([c.get("outputs", []) for c in notebook.cells])
     for word in ("gzip", "MaxVio", "BatchHet", "time-compressed"):
         assert word in text
-    assert not [o for c in notebook.cells for o in c.get("outputs", [])
-                if o.output_type == "stream" and o.name == "stderr"]
+    assert not [
+        o
+        for c in notebook.cells
+        for o in c.get("outputs", [])
+        if o.output_type == "stream" and o.name == "stderr"
+    ]
 
 
 def test_same_parameters_same_bits_and_a_clean_nbdiff(
     folder: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     runs = [
-        execute(folder / f"{i}.ipynb", steps=60, seed=3, name=name(tmp_path_factory, f"same{i}"))
+        execute(
+            folder / f"{i}.ipynb", steps=60, seed=3, name=name(tmp_path_factory, f"same{i}")
+        )
         for i in "ab"
     ]
     for group, names in {

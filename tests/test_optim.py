@@ -38,7 +38,9 @@ def moved(p: torch.Tensor, grads: list[torch.Tensor], **settings: object) -> tor
 
 
 def test_every_expert_is_orthogonalised_on_its_own() -> None:
-    grads = [random(5, 24, 16, seed=s) * torch.logspace(-3, 3, 5)[:, None, None] for s in (1, 2)]
+    grads = [
+        random(5, 24, 16, seed=s) * torch.logspace(-3, 3, 5)[:, None, None] for s in (1, 2)
+    ]
     together = moved(torch.zeros(5, 24, 16), grads)
     for e in range(5):
         alone = moved(torch.zeros(24, 16), [g[e] for g in grads])

@@ -18,7 +18,12 @@ from trinity_lib.model import count_parameters
     ],
 )
 def test_published_parameter_counts(
-    scale: str, total: int, with_bias: int, active: float, with_head: float, with_embeddings: float
+    scale: str,
+    total: int,
+    with_bias: int,
+    active: float,
+    with_head: float,
+    with_embeddings: float,
 ) -> None:
     count = count_parameters(recipes.SCALES[scale]().model)
     assert count.total == total

@@ -14,7 +14,8 @@ import xarray as xr
 from trinity_lib import checkpoint, evaluate
 from trinity_lib.config import from_json, override, to_json
 from trinity_lib.record import open_run
-from trinity_lib.train import RunConfig, TrainingFailed, start, train
+from trinity_lib.session import RunConfig, start
+from trinity_lib.train import TrainingFailed, train
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +36,9 @@ def same(first: xr.DataTree, second: xr.DataTree) -> None:
                 np.testing.assert_array_equal(array, second[group][name], f"{group}/{name}")
 
 
-def test_a_run_is_complete_and_learns(tiny_run: xr.DataTree, runs: Path, tiny: RunConfig) -> None:
+def test_a_run_is_complete_and_learns(
+    tiny_run: xr.DataTree, runs: Path, tiny: RunConfig
+) -> None:
     assert tiny_run.attrs["status"] == "complete"
     assert open_run(runs / "tiny.nc")["train"]["loss"].dims == ("step",)
     loss = tiny_run["train"]["loss"].values
@@ -65,7 +68,9 @@ def test_the_same_run_twice_is_the_same_to_the_bit(
     assert (other["train"]["loss"].values != tiny_run["train"]["loss"].values).any()
 
 
-def test_training_leaves_the_global_state_alone(tiny: RunConfig, tmp_path: Path, cache: Path) -> None:
+def test_training_leaves_the_global_state_alone(
+    tiny: RunConfig, tmp_path: Path, cache: Path
+) -> None:
     before = torch.get_rng_state()
     threads = torch.get_num_threads()
     train(dataclasses.replace(tiny, name="x"), runs=tmp_path, cache=cache)
@@ -88,7 +93,9 @@ def test_a_free_running_split_agrees_in_float64(
         for m in (1, 2, 4)
     ]
     for run in runs[1:]:
-        np.testing.assert_allclose(run["train"]["loss"], runs[0]["train"]["loss"], atol=1e-9, rtol=0)
+        np.testing.assert_allclose(
+            run["train"]["loss"], runs[0]["train"]["loss"], atol=1e-9, rtol=0
+        )
         np.testing.assert_array_equal(run["routing"]["count"], runs[0]["routing"]["count"])
 
 
@@ -135,7 +142,9 @@ def test_batch_het_is_measured_and_zero_for_one_micro_batch(
     assert float(abs(one["train"]["batch_het"]).max()) == 0
 
 
-def test_a_loss_that_is_no_number_stops_the_run(tiny: RunConfig, tmp_path: Path, cache: Path) -> None:
+def test_a_loss_that_is_no_number_stops_the_run(
+    tiny: RunConfig, tmp_path: Path, cache: Path
+) -> None:
     config = override(tiny, {"optim.muon_rate": 1e30, "optim.adamw_rate": 1e30, "name": "nan"})
     with pytest.raises(TrainingFailed, match=r"the loss (is|jumped)"):
         train(config, runs=tmp_path, cache=cache)
@@ -165,7 +174,10 @@ def test_a_taken_name_is_refused_before_training(
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"micro_batches": 3}, "micro_batches is 3; it must be a divisor of the batch's 8 rows"),
+        (
+            {"micro_batches": 3},
+            "micro_batches is 3; it must be a divisor of the batch's 8 rows",
+        ),
         ({"threads": 0}, "threads is 0; it must be at least 1"),
         ({"name": "a/b"}, "name is 'a/b'; it must be a file name"),
         ({"device": "tpu"}, "device is 'tpu'; it must be one of cpu, cuda"),
@@ -189,9 +201,7 @@ def test_the_golden_run(tiny: RunConfig, tmp_path: Path, cache: Path) -> None:
     assert abs(last - np.array(golden["count"])).sum() <= 0.01 * last.sum()
 
 
-def test_the_command_trains_from_a_configuration_file(
-    tiny: RunConfig, tmp_path: Path
-) -> None:
+def test_the_command_trains_from_a_configuration_file(tiny: RunConfig, tmp_path: Path) -> None:
     phase = dataclasses.replace(tiny.phases[0], tokens=256)
     config = dataclasses.replace(tiny, phases=(phase,), name=f"command-{tmp_path.name}")
     file = tmp_path / "config.json"

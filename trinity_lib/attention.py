@@ -116,7 +116,9 @@ class Attention(nn.Module):
     and applied before the output projection; a global layer has no position at all.
     """
 
-    def __init__(self, config: AttentionConfig, width: int, eps: float, is_global: bool) -> None:
+    def __init__(
+        self, config: AttentionConfig, width: int, eps: float, is_global: bool
+    ) -> None:
         super().__init__()
         self.config = config
         self.is_global = is_global

@@ -37,7 +37,9 @@ class BalanceConfig:
         require(self.rate >= 0, "balance.rate", self.rate, "zero or more")
         require(0 <= self.beta < 1, "balance.beta", self.beta, "from 0 up to, not including, 1")
         require(self.kappa > 0, "balance.kappa", self.kappa, "above zero")
-        require(self.sequence_loss >= 0, "balance.sequence_loss", self.sequence_loss, "0 or more")
+        require(
+            self.sequence_loss >= 0, "balance.sequence_loss", self.sequence_loss, "0 or more"
+        )
 
 
 class Routed(Protocol):
@@ -125,15 +127,20 @@ class Biased(Balancer):
             self.bias_LE = sign(self.bias_LE, statistics_LE, gamma=c.rate)
             return
         self.bias_LE, self.momentum_LE = smebu(
-            self.bias_LE, self.momentum_LE, statistics_LE, lam=c.rate, beta=c.beta, kappa=c.kappa
+            self.bias_LE,
+            self.momentum_LE,
+            statistics_LE,
+            lam=c.rate,
+            beta=c.beta,
+            kappa=c.kappa,
         )
 
     def loss(self, routing: Sequence[Routed], documents_BS: Tensor) -> Tensor | None:
         """The sequence-wise loss, summed over layers and rows."""
         if self.config.sequence_loss == 0:
             return None
-        total = sum(sequence_loss(r.scores_TE, r.experts_TK, documents_BS) for r in routing)
-        return self.config.sequence_loss * total
+        losses = [sequence_loss(r.scores_TE, r.experts_TK, documents_BS) for r in routing]
+        return self.config.sequence_loss * torch.stack(losses).sum()
 
 
 def build(

@@ -22,7 +22,8 @@ def require(ok: bool, field: str, value: object, right: str) -> None:
 
 def check(settings: Any) -> None:
     """Bring every field of a settings dataclass to its annotated type, or raise ValueError."""
-    for name, hint in _hints(type(settings)).items():
+    cls: Any = type(settings)
+    for name, hint in _hints(cls).items():
         value = convert(hint, getattr(settings, name), name)
         object.__setattr__(settings, name, value)
 
@@ -38,7 +39,7 @@ def convert(hint: Any, value: Any, field: str) -> Any:
         if value is None and type(None) in arguments:
             return None
         return convert(next(a for a in arguments if a is not type(None)), value, field)
-    if dataclasses.is_dataclass(hint):
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         return value if isinstance(value, hint) else build(hint, value, field)
     if origin is typing.Literal:
         options = ", ".join(map(str, arguments))
@@ -111,15 +112,14 @@ def override(settings: Any, changes: Mapping[str, Any]) -> Any:
 
     Changes are applied together, so that two settings which must agree can move at once.
     """
+    cls: Any = type(settings)
     here: dict[str, Any] = {}
     nested: dict[str, dict[str, Any]] = {}
     for key, value in changes.items():
         head, _, rest = key.partition(".")
-        if head not in _hints(type(settings)):
-            raise ValueError(
-                f"{type(settings).__name__} has no setting {head!r}; "
-                f"it has {', '.join(sorted(_hints(type(settings))))}."
-            )
+        if head not in _hints(cls):
+            names = ", ".join(sorted(_hints(cls)))
+            raise ValueError(f"{cls.__name__} has no setting {head!r}; it has {names}.")
         if rest:
             nested.setdefault(head, {})[rest] = value
         else:
@@ -145,6 +145,6 @@ def digest(settings: Any) -> str:
 
 
 @functools.cache
-def _hints(cls: type) -> dict[str, Any]:
+def _hints(cls: Any) -> dict[str, Any]:
     hints = typing.get_type_hints(cls)
     return {f.name: hints[f.name] for f in dataclasses.fields(cls)}

@@ -16,7 +16,7 @@ from trinity_lib.routing import Routing
 
 
 class SwiGLU(nn.Module):
-    """A gated feed-forward network, `down(silu(gate(x)) * up(x))`: dense layers, shared experts."""
+    """Gated feed-forward network, `down(silu(gate(x)) * up(x))`: dense and shared experts."""
 
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()

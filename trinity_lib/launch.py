@@ -12,7 +12,8 @@ from IPython import get_ipython
 
 from trinity_lib import recipes
 from trinity_lib.config import convert, override, require
-from trinity_lib.train import RUNS, RunConfig, train
+from trinity_lib.session import RunConfig
+from trinity_lib.train import RUNS, train
 
 
 def configure(
@@ -69,7 +70,9 @@ def configure(
     if given["steps"] is not None:
         config = recipes.with_steps(config, given["steps"])
     if config.device == "cuda":
-        require(torch.cuda.is_available(), "device", "cuda", "cpu: this machine has no CUDA GPU")
+        require(
+            torch.cuda.is_available(), "device", "cuda", "cpu: this machine has no CUDA GPU"
+        )
     return config
 
 

@@ -30,8 +30,6 @@ def token_loss(logits_BSV: Tensor, targets_BS: Tensor) -> TokenLoss:
     precise = torch.promote_types(logits_BSV.dtype, torch.float32)
     logits_TV, targets_T = logits_BSV.flatten(0, 1).to(precise), targets_BS.flatten()
     valid_T = targets_T != IGNORE
-    cross_entropy = F.cross_entropy(
-        logits_TV, targets_T, ignore_index=IGNORE, reduction="sum"
-    )
+    cross_entropy = F.cross_entropy(logits_TV, targets_T, ignore_index=IGNORE, reduction="sum")
     z_T = logits_TV.logsumexp(-1).square()
     return TokenLoss(cross_entropy, (z_T * valid_T).sum(), valid_T.sum())

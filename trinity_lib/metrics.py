@@ -67,14 +67,14 @@ def sampling_floor(
     num_experts: int,
     top_k: int,
     statistic: Callable[[Any], Any] = max_vio,
-    draws: int = 32,
     seed: int = 0,
 ) -> float:
     """What a measure comes to when every token picks `top_k` distinct experts at random.
 
     Balance cannot be better than chance: a measure counts only beyond its floor.
-    Simulated; exact about distinctness.
+    Simulated, exact about distinctness, with more draws where they are cheap.
     """
+    draws = max(16, min(512, 2**26 // (tokens * num_experts)))
     generator = np.random.default_rng(seed)
     loads = np.zeros((draws, num_experts))
     for draw in range(draws):
@@ -86,6 +86,11 @@ def sampling_floor(
     return float(np.mean(statistic(loads)))
 
 
+def group(run: xr.DataTree, name: str) -> xr.Dataset:
+    """One group of a run as a Dataset."""
+    return run.children[name].to_dataset()
+
+
 def router_of(run: xr.DataTree) -> tuple[int, int]:
     """(experts, top-k) of a run."""
     router = json.loads(run.attrs["config"])["model"]["router"]
@@ -94,7 +99,7 @@ def router_of(run: xr.DataTree) -> tuple[int, int]:
 
 def floor_of(run: xr.DataTree, statistic: Callable[[Any], Any] = max_vio) -> float:
     """The sampling floor of a run's last training batch."""
-    tokens = int(run["train"]["batch_tokens"][-1])
+    tokens = int(group(run, "train")["batch_tokens"][-1])
     return sampling_floor(tokens, *router_of(run), statistic)
 
 
@@ -104,7 +109,7 @@ def rolling_load(run: xr.DataTree, tokens_per_expert: int = ENOUGH_TOKENS) -> xr
     The window is just long enough for a mean load of `tokens_per_expert`; its length is
     the attribute `window`. Steps before the first full window are left out.
     """
-    count = run["routing"]["count"]
+    count = group(run, "routing")["count"]
     mean = float(count.mean())
     window = max(1, int(np.ceil(tokens_per_expert / mean))) if mean > 0 else 1
     window = min(window, count.sizes["step"])
@@ -122,7 +127,11 @@ def rolling_load(run: xr.DataTree, tokens_per_expert: int = ENOUGH_TOKENS) -> xr
 
 def validation_load(run: xr.DataTree) -> xr.DataArray:
     """Validation tokens per expert at the last evaluation, [layer, expert]."""
-    return run["evaluation"]["count"].isel(step=-1).sum(["split", "domain"], keep_attrs=True)
+    return (
+        group(run, "evaluation")["count"]
+        .isel(step=-1)
+        .sum(["split", "domain"], keep_attrs=True)
+    )
 
 
 def dead_experts(run: xr.DataTree) -> xr.DataArray:
@@ -142,7 +151,7 @@ def dead_experts(run: xr.DataTree) -> xr.DataArray:
 
 def losses_table(run: xr.DataTree) -> pd.DataFrame:
     """The last evaluation by domain, beside the unigram entropy and gzip -9."""
-    last = run["evaluation"].to_dataset().isel(step=-1).sel(split="validation")
+    last = group(run, "evaluation").isel(step=-1).sel(split="validation")
     table = {
         "loss, nat/token": last["loss"],
         "unigram entropy, nat/token": last["unigram_entropy"],
@@ -166,7 +175,7 @@ def reading(run: xr.DataTree) -> str:
 
 
 def _about(run: xr.DataTree) -> str:
-    train = run["train"]
+    train = group(run, "train")
     seconds = float(train["seconds"].sum())
     text = (
         f"{run.attrs['scale']}, seed {run.attrs['seed']}: {train.sizes['step']} steps, "
@@ -198,8 +207,8 @@ def _learning(run: xr.DataTree) -> str:
 
 
 def _balance(run: xr.DataTree) -> str:
-    steps = run["layers"].sizes["step"]
-    late = run["layers"]["max_vio"].isel(step=slice(-max(1, steps // 5), None))
+    steps = group(run, "layers").sizes["step"]
+    late = group(run, "layers")["max_vio"].isel(step=slice(-max(1, steps // 5), None))
     mean, floor = float(late.mean()), floor_of(run)
     method = json.loads(run.attrs["config"])["balance"]["method"]
     return (
@@ -224,11 +233,13 @@ def _experts(run: xr.DataTree) -> str:
 
 
 def _heterogeneity(run: xr.DataTree) -> str:
-    train = run["train"].to_dataset()
+    train = group(run, "train")
     config = json.loads(run.attrs["config"])
     if config["micro_batches"] == 1:
         return "BatchHet is 0 by definition: a step is one micro-batch."
     by_phase = train["batch_het"].groupby(train["phase"]).mean()
     phases = ", ".join(f"{float(v):.3f} in phase {int(v.phase) + 1}" for v in by_phase)
-    order = f"RSDB of {config['data']['rsdb']}" if config["data"]["rsdb"] else "packing in order"
+    order = (
+        f"RSDB of {config['data']['rsdb']}" if config["data"]["rsdb"] else "packing in order"
+    )
     return f"BatchHet over {config['micro_batches']} micro-batches ({order}): {phases} nat."

@@ -186,7 +186,7 @@ class Trinity(nn.Module):
 
     def routers(self) -> list[Router]:
         """The routers of the MoE layers, in layer order."""
-        return [block.router for block in self.blocks if block.router is not None]
+        return [module for module in self.modules() if isinstance(module, Router)]
 
     @torch.no_grad()
     def load_bias(self, bias_LE: Tensor) -> None:
@@ -235,9 +235,8 @@ def count_parameters(config: ModelConfig) -> ParameterCount:
         model = Trinity(config)
     total = sum(p.numel() for p in model.parameters())
     bias = sum(router.bias_E.numel() for router in model.routers())
-    routed = sum(
-        p.numel() for b in model.blocks if b.experts is not None for p in b.experts.parameters()
-    )
+    experts = [module for module in model.modules() if isinstance(module, Experts)]
+    routed = sum(p.numel() for module in experts for p in module.parameters())
     per_choice = routed // config.router.num_experts
     embedding = model.embedding.weight.numel()
     head = model.head.weight.numel()

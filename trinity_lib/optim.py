@@ -100,7 +100,10 @@ def phase_steps(phase: Phase, sequence_length: int) -> int:
 
 def batch_rows(phase: Phase, step: int, sequence_length: int) -> int:
     """Packed rows of the phase's optimiser step `step` (from 0)."""
-    if phase.larger_batch is None or step * phase.batch * sequence_length < phase.larger_batch[0]:
+    if (
+        phase.larger_batch is None
+        or step * phase.batch * sequence_length < phase.larger_batch[0]
+    ):
         return phase.batch
     return phase.larger_batch[1]
 
@@ -166,6 +169,7 @@ class Muon(torch.optim.Optimizer):
                     self._update(p, group)
 
     def _update(self, p: Tensor, group: dict[str, Any]) -> None:
+        assert p.grad is not None
         state = self.state[p]
         if not state:
             state["momentum"] = torch.zeros_like(p)
@@ -262,7 +266,9 @@ def split(model: Trinity) -> tuple[list[nn.Parameter], list[nn.Parameter], list[
     down = {id(m.down_EFD) for m in model.modules() if isinstance(m, Experts)}
     other = {id(model.embedding.weight), id(model.head.weight)}
     other |= {id(router.weight_ED) for router in model.routers()}
-    matrices, transposed, rest = [], [], []
+    matrices: list[nn.Parameter] = []
+    transposed: list[nn.Parameter] = []
+    rest: list[nn.Parameter] = []
     for p in model.parameters():
         if p.dim() == 1 or id(p) in other:
             rest.append(p)

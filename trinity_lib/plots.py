@@ -14,6 +14,7 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
 from trinity_lib import metrics
+from trinity_lib.metrics import group
 
 SMOOTH = 20
 """Steps of the running mean drawn over noisy curves."""
@@ -23,7 +24,7 @@ MOST_PANELS = 6
 def loss(run: xr.DataTree) -> Figure:
     """Training loss, validation loss per domain, and the learning rate behind them."""
     figure, axes = _figure(1, width=9, height=4.5)
-    train, evaluation = run["train"], run["evaluation"]
+    train, evaluation = group(run, "train"), group(run, "evaluation")
     axes[0].plot(train.step, train["loss"], color="0.8", lw=0.8, label="training, each step")
     smooth = _smooth(train["loss"])
     axes[0].plot(train.step, smooth, color="0.3", label=f"training, mean of {SMOOTH} steps")
@@ -42,7 +43,7 @@ def loss(run: xr.DataTree) -> Figure:
     _stages(run, axes[0])
     axes[0].set(xlabel="optimiser step", ylabel="loss, nat per token")
     axes[0].set_title("Loss by domain, and the learning rate")
-    axes[0].legend(loc="upper left", bbox_to_anchor=(1.09, 1), frameon=False)
+    axes[0].legend(loc="upper left", bbox_to_anchor=(1.13, 1), frameon=False)
     return _done(figure)
 
 
@@ -64,23 +65,13 @@ def losses(run: xr.DataTree) -> Figure:
 
 def expert_load(run: xr.DataTree) -> Figure:
     """Heat maps over time of every expert's load, one a layer, experts sorted at the end."""
-    count = run["routing"]["count"]
+    count = group(run, "routing")["count"]
     layers = _some(count.layer.values)
     figure, axes = _figure(len(layers), width=9, height=1.9 * len(layers) + 0.8)
     image: Any = None
-    width = max(1, count.sizes["step"] // 150)
     for axis, layer in zip(axes, layers, strict=True):
-        load = count.sel(layer=layer).coarsen(step=width, boundary="trim").mean()
-        relative = load / load.mean("expert")
-        final = relative.isel(step=slice(-max(1, relative.sizes["step"] // 10), None))
-        order = np.argsort(final.mean("step").values)[::-1]
-        extent = (float(count.step[0]) - 1, float(count.step[-1]), len(order) - 0.5, -0.5)
-        image = axis.imshow(
-            relative.values[:, order].T, aspect="auto", cmap="magma", extent=extent,
-            norm=Normalize(0, 3), interpolation="nearest",
-        )  # fmt: skip
+        image = _load_map(axis, count.sel(layer=layer))
         axis.set(ylabel=f"layer {layer}\nexperts by final load")
-        axis.grid(False)
     axes[0].set_title(f"Expert load over time (balance: {_method(run)})")
     axes[-1].set_xlabel("optimiser step")
     bar = figure.colorbar(image, ax=list(axes), extend="max", pad=0.02)
@@ -91,7 +82,7 @@ def expert_load(run: xr.DataTree) -> Figure:
 def max_vio(run: xr.DataTree) -> Figure:
     """MaxVio of every layer over time, with what chance alone would show."""
     figure, axes = _figure(1, width=9, height=4)
-    curves = run["layers"]["max_vio"]
+    curves = group(run, "layers")["max_vio"]
     _per_layer(axes[0], curves)
     floor = metrics.floor_of(run)
     axes[0].axhline(floor, color="black", ls="--", label=f"sampling floor, {floor:.2f}")
@@ -105,7 +96,7 @@ def max_vio(run: xr.DataTree) -> Figure:
 
 def bias(run: xr.DataTree) -> Figure:
     """Selection bias of every expert over time, coloured by its final load."""
-    bias_, count = run["routing"]["bias"], run["routing"]["count"]
+    bias_, count = group(run, "routing")["bias"], group(run, "routing")["count"]
     layers = _some(bias_.layer.values)
     figure, axes = _figure(len(layers), width=9, height=1.9 * len(layers) + 0.8, share=True)
     window = slice(-max(1, count.sizes["step"] // 10), None)
@@ -150,7 +141,7 @@ def experts_in_use(run: xr.DataTree) -> Figure:
 
 def batch_het(run: xr.DataTree) -> Figure:
     """BatchHet of every step, with the mean of each phase."""
-    train = run["train"].to_dataset()
+    train = group(run, "train")
     config = json.loads(run.attrs["config"])
     figure, axes = _figure(1, width=9, height=3.5)
     axes[0].plot(train.step, train["batch_het"], color="0.7", lw=0.8, label="each step")
@@ -174,8 +165,12 @@ def compare(runs: Mapping[str, xr.DataTree]) -> Figure:
     rows = []
     for name, run in runs.items():
         dead = metrics.dead_experts(run)
-        steps = run["layers"].sizes["step"]
-        late = run["layers"]["max_vio"].isel(step=slice(-max(1, steps // 5), None)).mean("step")
+        steps = group(run, "layers").sizes["step"]
+        late = (
+            group(run, "layers")["max_vio"]
+            .isel(step=slice(-max(1, steps // 5), None))
+            .mean("step")
+        )
         for layer in dead.layer.values:
             share, vio = float(dead.sel(layer=layer)), float(late.sel(layer=layer))
             rows.append({"run": name, "layer": str(layer), "dead": 100 * share, "vio": vio})
@@ -190,6 +185,43 @@ def compare(runs: Mapping[str, xr.DataTree]) -> Figure:
     axes[0].set_title("Runs compared")
     _legend(axes[0])
     return _done(figure)
+
+
+def collapse(runs: Mapping[str, xr.DataTree]) -> Figure:
+    """Expert load over time in the last MoE layer of several runs, side by side."""
+    with sns.axes_style("white"):
+        figure, axes = plt.subplots(
+            1, len(runs), figsize=(5 * len(runs), 3.2), layout="constrained", squeeze=False
+        )
+    image: Any = None
+    for axis, (label, run) in zip(axes[0], runs.items(), strict=True):
+        layer = int(group(run, "routing").layer[-1])
+        image = _load_map(axis, group(run, "routing")["count"].sel(layer=layer))
+        dead = float(metrics.dead_experts(run).sel(layer=layer))
+        axis.set_title(f"{label}: {dead:.0%} of experts dead at the end")
+        axis.set(xlabel="optimiser step", ylabel=f"experts of layer {layer}, by final load")
+    bar = figure.colorbar(image, ax=list(axes[0]), extend="max", pad=0.02)
+    bar.set_label("load / mean load")
+    return _done(figure)
+
+
+def _load_map(axis: Axes, count: xr.DataArray) -> Any:
+    """One layer's load relative to its mean, [step, expert], experts sorted at the end."""
+    width = max(1, count.sizes["step"] // 150)
+    load = count.coarsen(step=width, boundary="trim").mean()
+    relative = load / load.mean("expert")
+    final = relative.isel(step=slice(-max(1, relative.sizes["step"] // 10), None))
+    order = np.argsort(final.mean("step").values)[::-1]
+    extent = (float(count.step[0]) - 1, float(count.step[-1]), len(order) - 0.5, -0.5)
+    axis.grid(False)
+    return axis.imshow(
+        relative.values[:, order].T,
+        aspect="auto",
+        cmap="magma",
+        extent=extent,
+        norm=Normalize(0, 3),
+        interpolation="nearest",
+    )
 
 
 def _figure(rows: int, width: float, height: float, share: bool = False) -> tuple[Figure, Any]:
@@ -213,7 +245,9 @@ def _per_layer(axis: Axes, curves: xr.DataArray, smooth: int = SMOOTH) -> None:
     layers = curves.layer.values
     for color, layer in zip(sns.color_palette("viridis", len(layers)), layers, strict=True):
         curve = _smooth(curves.sel(layer=layer), smooth)
-        label = f"layer {layer}" if len(layers) <= 8 or layer in (layers[0], layers[-1]) else None
+        label = (
+            f"layer {layer}" if len(layers) <= 8 or layer in (layers[0], layers[-1]) else None
+        )
         axis.plot(curves.step, curve, color=color, label=label)
 
 

@@ -27,7 +27,9 @@ class Progress:
             pace = (time.monotonic() - self.begun) / self.done
             left = pace * (self.total - self.done)
             count = f"step {self.done:>{len(str(self.total))}}/{self.total}"
-            print(count, *facts, f"{pace:.2f} s/step", f"{left:.0f} s left", sep="  ", flush=True)
+            print(
+                count, *facts, f"{pace:.2f} s/step", f"{left:.0f} s left", sep="  ", flush=True
+            )
 
     def note(self, text: str) -> None:
         """Print a line that stays."""

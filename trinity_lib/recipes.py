@@ -15,13 +15,13 @@ from trinity_lib.data import DataConfig
 from trinity_lib.model import ModelConfig, count_parameters
 from trinity_lib.optim import OptimConfig, Phase, phase_steps
 from trinity_lib.routing import RouterConfig
-from trinity_lib.train import RunConfig
+from trinity_lib.session import RunConfig
 
-RAW = {"code": 0.4, "prose": 0.4, "arithmetic": 0.1, "facts": 0.1}
+RAW = {"code": 0.35, "prose": 0.45, "arithmetic": 0.1, "facts": 0.1}
 """The first phase's mixture, the TrueBase's: mostly raw text."""
-MIXED = {"code": 0.4, "prose": 0.35, "arithmetic": 0.1, "facts": 0.15}
+MIXED = {"code": 0.35, "prose": 0.4, "arithmetic": 0.1, "facts": 0.15}
 """The second phase's."""
-POLISHED = {"code": 0.4, "prose": 0.3, "arithmetic": 0.15, "facts": 0.15}
+POLISHED = {"code": 0.35, "prose": 0.35, "arithmetic": 0.15, "facts": 0.15}
 """The annealing phase's: more of what has a right answer."""
 
 
@@ -47,11 +47,13 @@ def toy() -> RunConfig:
         model=model,
         data=DataConfig(sequence_length=128, rsdb=32, validation_rows=32),
         balance=BalanceConfig(method="smebu", rate=1e-2),
-        optim=OptimConfig(muon_rate=2e-2, adamw_rate=1e-2),
+        optim=OptimConfig(muon_rate=3e-2, adamw_rate=2e-2),
         phases=_embedded_phases(batch=16, warmup=5),
         micro_batches=4,
+        evaluate_every=35,
+        log_every=20,
     )
-    return with_steps(config, 150)
+    return with_steps(config, 140)
 
 
 def small() -> RunConfig:
@@ -77,6 +79,7 @@ def small() -> RunConfig:
         evaluate_every=100,
         record_every=5,
         log_every=10,
+        threads=2,
     )
     return with_steps(config, 1000)
 

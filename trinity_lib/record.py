@@ -52,7 +52,9 @@ SCHEMA: dict[str, dict[str, Variable]] = {
         "grad_norm": Variable(_STEP, "f8", "1", "gradient norm before clipping"),
         "tokens": Variable(_STEP, "i8", "token", "tokens trained so far"),
         "batch_tokens": Variable(_STEP, "i8", "token", "tokens routed in this step"),
-        "batch_het": Variable(_STEP, "f8", "nat", "BatchHet: highest less mean micro-batch loss"),
+        "batch_het": Variable(
+            _STEP, "f8", "nat", "BatchHet: highest less mean micro-batch loss"
+        ),
         "seconds": Variable(_STEP, "f8", "s", "wall time of the step"),
         "phase": Variable(_STEP, "i8", "1", "phase of the schedule"),
     },
@@ -60,7 +62,9 @@ SCHEMA: dict[str, dict[str, Variable]] = {
         "max_vio": Variable(_LAYER, "f8", "1", "MaxVio: highest load over mean load, less 1"),
         "min_vio": Variable(_LAYER, "f8", "1", "MinVio: 1 less lowest load over mean load"),
         "load_entropy": Variable(_LAYER, "f8", "nat", "entropy of the expert loads"),
-        "effective_experts": Variable(_LAYER, "f8", "expert", "exponential of the load entropy"),
+        "effective_experts": Variable(
+            _LAYER, "f8", "expert", "exponential of the load entropy"
+        ),
         "bias_std": Variable(_LAYER, "f8", "1", "standard deviation of the selection bias"),
         "bias_range": Variable(_LAYER, "f8", "1", "highest less lowest selection bias"),
     },
@@ -76,7 +80,10 @@ SCHEMA: dict[str, dict[str, Variable]] = {
         "tokens": Variable(_DOMAIN, "i8", "token", "tokens predicted"),
         "bytes": Variable(_DOMAIN, "i8", "byte", "bytes of text predicted"),
         "count": Variable(
-            (*_DOMAIN, "layer", "expert"), "i8", "token", "evaluated tokens routed to the expert"
+            (*_DOMAIN, "layer", "expert"),
+            "i8",
+            "token",
+            "evaluated tokens routed to the expert",
         ),
     },
 }
