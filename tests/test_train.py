@@ -110,7 +110,9 @@ def test_recomputing_activations_counts_nothing_twice(
 def test_both_stages_are_kept_and_reproduce_the_evaluation(
     tiny_run: xr.DataTree, tiny: RunConfig, runs: Path, tmp_path: Path, cache: Path
 ) -> None:
-    held_out = start(dataclasses.replace(tiny, name="probe"), tmp_path, cache).held_out
+    probe = start(dataclasses.replace(tiny, name="probe"), tmp_path, cache)
+    probe.writer.close("failed", "a probe, not a run")
+    held_out = probe.held_out
     for stage, step in (("truebase", 6), ("base", 10)):
         assert tiny_run.attrs[f"{stage}_step"] == step
         model = checkpoint.load(runs / "tiny" / stage)

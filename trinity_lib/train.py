@@ -104,7 +104,7 @@ def optimiser_step(session: Session, batch: Batch) -> StepResult:
     config, model, balancer = session.config, session.model, session.balancer
     rows = len(batch.tokens_BS)
     predicted = int((batch.targets_BS != data.IGNORE).sum())
-    sums = torch.zeros(3, dtype=torch.float64)
+    cross_entropy = z = balance_sum = 0.0
     means, load_LE = [], torch.zeros_like(balancer.bias_LE, dtype=torch.int64)
     for part in range(0, rows, rows // config.micro_batches):
         pieces = (array[part : part + rows // config.micro_batches] for array in batch)
@@ -118,11 +118,12 @@ def optimiser_step(session: Session, batch: Batch) -> StepResult:
         if balance_loss is not None:
             objective = objective + balance_loss / rows
         objective.backward()
-        balance_sum = 0.0 if balance_loss is None else float(balance_loss.detach())
-        sums += torch.tensor([loss.cross_entropy.item(), loss.z.item(), balance_sum])
+        cross_entropy += loss.cross_entropy.item()
+        z += loss.z.item()
+        balance_sum += 0.0 if balance_loss is None else balance_loss.item()
         means.append(loss.cross_entropy.item() / max(1, int(loss.tokens)))
         load_LE += balancer.observe(output.routing, documents_BS.flatten() >= 0)
-    mean = float(sums[0]) / predicted
+    mean = cross_entropy / predicted
     _guard(session, mean)
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.optim.clip)
     for optimizer in session.optimizers:
@@ -132,8 +133,8 @@ def optimiser_step(session: Session, batch: Batch) -> StepResult:
     model.load_bias(balancer.bias_LE)
     return StepResult(
         loss=mean,
-        z_loss=float(sums[1]) / predicted,
-        balance_loss=float(sums[2]) / rows,
+        z_loss=z / predicted,
+        balance_loss=balance_sum / rows,
         batch_het=max(means) - statistics.fmean(means),
         grad_norm=float(norm),
         batch_tokens=int((batch.documents_BS >= 0).sum()),
