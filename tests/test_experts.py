@@ -100,3 +100,20 @@ def test_a_plain_sum_backward_works() -> None:
 def test_what_computes_is_reported() -> None:
     info = backend_info()
     assert info["backend"] == "torch" and info["megablocks_installed"] == "0.10.0"
+
+
+def test_autocast_reaches_the_grouped_gemm(monkeypatch: pytest.MonkeyPatch) -> None:
+    experts, x, picks, weights = case(17, 6, 2, 16, 8, torch.float32, "spread")
+    routing = Routing(torch.empty(17, 6), picks, weights)
+    exact, seen = experts(x, routing), []
+    real = F.grouped_mm
+    monkeypatch.setattr(
+        module.F,
+        "grouped_mm",
+        lambda a, b, **k: seen.append((a.dtype, b.dtype)) or real(a, b, **k),
+    )
+    with torch.autocast("cpu", torch.bfloat16):
+        half = experts(x, routing)
+    assert seen == [(torch.bfloat16, torch.bfloat16)] * 3 and half.dtype == torch.float32
+    torch.testing.assert_close(half, exact, atol=0.1, rtol=0.1)
+    assert not torch.equal(half, exact)

@@ -11,7 +11,7 @@ import pytest
 import torch
 import xarray as xr
 
-from trinity_lib import checkpoint, evaluate
+from trinity_lib import checkpoint, corpus, evaluate
 from trinity_lib.config import from_json, override, to_json
 from trinity_lib.record import open_run
 from trinity_lib.session import RunConfig, start
@@ -219,3 +219,16 @@ def test_the_command_trains_from_a_configuration_file(tiny: RunConfig, tmp_path:
         import shutil
 
         shutil.rmtree(path.with_suffix(""), ignore_errors=True)
+
+
+def test_what_the_corpus_warns_of_is_in_the_run(
+    tiny: RunConfig, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = dataclasses.replace(corpus.procedural(0), warnings=("the files changed.",))
+    monkeypatch.setattr(corpus, "embedded", lambda cache: made)
+    config = override(tiny, {"data.corpus": "embedded", "name": "warned"})
+    config = dataclasses.replace(config, phases=tiny.phases[:1])
+    with pytest.warns(UserWarning, match="the files changed"):
+        run = train(config, runs=tmp_path, cache=cache)
+    assert json.loads(run.attrs["warnings"]) == ["the files changed."]
+    assert run.attrs["corpus_sha256"] == made.sha256

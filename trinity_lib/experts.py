@@ -41,6 +41,12 @@ class Experts(nn.Module):
     def forward(self, x_TD: Tensor, routing: Routing) -> Tensor:
         """The weighted sum of each token's chosen experts, [T, D]."""
         T, K = routing.experts_TK.shape
+        dtype, kind = x_TD.dtype, x_TD.device.type
+        if torch.is_autocast_enabled(kind):  # the grouped GEMM does not heed autocast
+            dtype = torch.get_autocast_dtype(kind)
+        gate_EFD, up_EFD, down_EFD = (
+            weight.to(dtype) for weight in (self.gate_EFD, self.up_EFD, self.down_EFD)
+        )
         flat_R = routing.experts_TK.flatten()
         order_R = flat_R.argsort(stable=True)
         inverse_R = torch.empty_like(order_R).scatter_(
@@ -48,10 +54,10 @@ class Experts(nn.Module):
         )
         ends_E = torch.bincount(flat_R, minlength=self.gate_EFD.shape[0]).cumsum(0)
 
-        x_RD = _Permute.apply(x_TD.repeat_interleave(K, dim=0), order_R, inverse_R)
-        gate_RF = grouped_matmul(x_RD, self.gate_EFD.transpose(1, 2), ends_E)
-        up_RF = grouped_matmul(x_RD, self.up_EFD.transpose(1, 2), ends_E)
-        y_RD = grouped_matmul(F.silu(gate_RF) * up_RF, self.down_EFD, ends_E)
+        x_RD = _Permute.apply(x_TD.to(dtype).repeat_interleave(K, dim=0), order_R, inverse_R)
+        gate_RF = grouped_matmul(x_RD, gate_EFD.transpose(1, 2), ends_E)
+        up_RF = grouped_matmul(x_RD, up_EFD.transpose(1, 2), ends_E)
+        y_RD = grouped_matmul(F.silu(gate_RF) * up_RF, down_EFD, ends_E)
         y_TKD = _Permute.apply(y_RD, inverse_R, order_R).view(T, K, -1)
 
         weighted_TKD = y_TKD.to(routing.weights_TK.dtype) * routing.weights_TK.unsqueeze(-1)
@@ -75,7 +81,8 @@ class _Permute(torch.autograd.Function):
 def grouped_matmul(x_RI: Tensor, weight_EIO: Tensor, ends_E: Tensor) -> Tensor:
     """Rows of expert e, up to `ends_E[e]`, times that expert's matrix: [R, O].
 
-    torch's grouped GEMM where it can (16-byte rows, no float64), else a loop over experts.
+    torch's grouped GEMM where it can (16-byte rows; no float64; no fp32 on CUDA), else a
+    loop over experts.
     """
     if _grouped_gemm_takes(x_RI, weight_EIO):
         return F.grouped_mm(x_RI, weight_EIO, offs=ends_E.to(torch.int32))
@@ -86,7 +93,8 @@ def grouped_matmul(x_RI: Tensor, weight_EIO: Tensor, ends_E: Tensor) -> Tensor:
 
 def _grouped_gemm_takes(x_RI: Tensor, weight_EIO: Tensor) -> bool:
     aligned = all(size * x_RI.element_size() % 16 == 0 for size in weight_EIO.shape[1:])
-    known = x_RI.dtype in (torch.float32, torch.bfloat16, torch.float16)
+    known = x_RI.dtype in (torch.bfloat16, torch.float16)
+    known = known or (x_RI.dtype == torch.float32 and not x_RI.is_cuda)
     return aligned and known and x_RI.shape[0] > 0
 
 

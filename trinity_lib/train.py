@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import math
+import os
 import statistics
 import time
 from collections.abc import Iterator
@@ -144,8 +145,8 @@ def optimiser_step(session: Session, batch: Batch) -> StepResult:
 
 def _forward(session: Session, tokens_BS: Tensor, documents_BS: Tensor) -> Output:
     config = session.config
-    half = torch.autocast("cuda", torch.bfloat16, enabled=config.device == "cuda")
-    with half if config.device == "cuda" else contextlib.nullcontext():
+    cuda = config.device == "cuda"
+    with torch.autocast("cuda", torch.bfloat16) if cuda else contextlib.nullcontext():
         return session.model(
             tokens_BS, documents_BS, select=session.balancer.select, recompute=config.recompute
         )
@@ -214,6 +215,8 @@ def _reproducible(config: RunConfig) -> Iterator[None]:
     memory: Any = torch.utils.deterministic
     filled = memory.fill_uninitialized_memory
     torch.set_num_threads(config.threads)
+    if config.device == "cuda":  # cuBLAS asks for this before it promises the same bits
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
     memory.fill_uninitialized_memory = False  # nothing reads it; costs 5%
     try:
