@@ -74,7 +74,7 @@ def test_the_toy_learns(toy: xr.DataTree) -> None:
     assert float(gain.sel(domain="prose")) >= 1.0
     for domain in ("code", "prose", "arithmetic", "facts"):
         row = last.sel(domain=domain)
-        assert 0 < float(row["gzip_bits_per_byte"]) < 8 and int(row["bytes"]) > 5000
+        assert 0 < float(row["gzip_bits_per_byte"]) < 8 and int(row["bytes"]) > 4000
         bits = float(row["loss"] * row["tokens"] / row["bytes"] / np.log(2))
         assert float(row["bits_per_byte"]) == pytest.approx(bits)
 
@@ -120,7 +120,7 @@ def test_same_parameters_same_bits_and_a_clean_nbdiff(
     }.items():
         for each in names:
             np.testing.assert_array_equal(runs[0][group][each], runs[1][group][each])
-    command = [sys.executable, "-m", "nbdime", "diff", "--no-color"]
+    command = [str(Path(sys.executable).parent / "nbdiff"), "--no-color"]
     paths = [str(folder / "a.ipynb"), str(folder / "b.ipynb")]
     shown = subprocess.run([*command, *paths], capture_output=True, text=True, cwd=ROOT).stdout
     headings = [line for line in shown.splitlines() if line.startswith("##")]

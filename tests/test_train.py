@@ -232,3 +232,14 @@ def test_what_the_corpus_warns_of_is_in_the_run(
         run = train(config, runs=tmp_path, cache=cache)
     assert json.loads(run.attrs["warnings"]) == ["the files changed."]
     assert run.attrs["corpus_sha256"] == made.sha256
+
+
+@pytest.mark.gpu
+def test_a_run_on_cuda_is_the_same_twice(tiny: RunConfig, tmp_path: Path, cache: Path) -> None:
+    config = dataclasses.replace(tiny, device="cuda")
+    first, second = (
+        train(dataclasses.replace(config, name=name), runs=tmp_path, cache=cache)
+        for name in "ab"
+    )
+    same(first, second)
+    assert first["train"]["loss"][-1] < first["train"]["loss"][0]
