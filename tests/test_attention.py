@@ -4,6 +4,9 @@ import math
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from trinity_lib.attention import Attention, AttentionConfig, context, positions
@@ -101,3 +104,44 @@ def test_bad_settings(changes: dict, sentence: str) -> None:
     settings = {"num_heads": 6, "num_kv_heads": 2, "head_dim": 4, "window": 3}
     with pytest.raises(ValueError, match=sentence):
         AttentionConfig(**{**settings, **changes})
+
+
+@hypothesis_settings(deadline=None)
+@given(st.lists(st.integers(1, 6), min_size=1, max_size=6))
+def test_positions_and_masks_of_any_packing(lengths: list[int]) -> None:
+    flat = [d for d, length in enumerate(lengths) for _ in range(length)]
+    place = [i for length in lengths for i in range(length)]
+    documents = torch.tensor([flat])
+    assert positions(documents).tolist() == [place]
+    shared = context(documents, CONFIG, torch.float32)
+    for t, (own, at) in enumerate(zip(flat, place, strict=True)):
+        row = [int(s <= t and flat[s] == own) for s in range(len(flat))]
+        assert shared.everything_B1SS[0, 0, t].int().tolist() == row
+        near = [int(r and t - s <= 2) for s, r in enumerate(row)]
+        assert shared.window_B1SS[0, 0, t].int().tolist() == near
+        angles = [at * 100.0 ** (-i / 2) for i in (0, 1, 0, 1)]
+        cos, sin = shared.cos_BSC[0, t].tolist(), shared.sin_BSC[0, t].tolist()
+        assert cos == pytest.approx([math.cos(a) for a in angles], abs=1e-6)
+        assert sin == pytest.approx([math.sin(a) for a in angles], abs=1e-6)
+
+
+@pytest.mark.parametrize("is_global", [False, True])
+def test_a_packed_document_attends_as_it_would_alone(is_global: bool) -> None:
+    built, lengths = layer(is_global).float(), [4, 1, 6]
+    x = torch.randn(1, 11, 10, generator=torch.Generator().manual_seed(6))
+    documents = torch.repeat_interleave(torch.arange(3), torch.tensor(lengths))[None]
+    packed = built(x, context(documents, CONFIG, torch.float32))
+    alone = [
+        built(part, context(torch.zeros(1, part.shape[1]), CONFIG, torch.float32))
+        for part in x.split(lengths, dim=1)
+    ]
+    torch.testing.assert_close(packed, torch.cat(alone, 1), atol=1e-5, rtol=0)
+
+
+def test_only_local_layers_know_positions() -> None:
+    """Swapping two earlier tokens is invisible to a global layer's last query."""
+    x = torch.randn(1, 3, 10, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
+    swapped = x[:, [1, 0, 2]]
+    here = context(torch.zeros(1, 3, dtype=torch.long), CONFIG, torch.float64)
+    last = {g: (layer(g)(x, here) - layer(g)(swapped, here))[0, 2] for g in (False, True)}
+    assert last[True].abs().max() < 1e-12 and last[False].abs().max() > 1e-3

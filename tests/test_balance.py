@@ -6,6 +6,7 @@ from typing import NamedTuple
 import pytest
 import torch
 from hypothesis import given
+from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -47,6 +48,7 @@ def test_smebu_reproduces_the_published_vector() -> None:
         assert bias[0].tolist() == pytest.approx(digits, abs=1e-9)
 
 
+@hypothesis_settings(deadline=None)
 @given(st.lists(st.integers(0, 10_000), min_size=2, max_size=64), st.integers(1, 5))
 def test_smebu_steps_are_bounded_and_centred(loads: list[int], steps: int) -> None:
     load = torch.tensor([loads])
@@ -153,3 +155,95 @@ def test_a_fixed_router_is_brought_to_balance(method: str) -> None:
 def test_bad_settings(changes: dict, sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence):
         BalanceConfig(**changes)
+
+
+def test_a_layer_without_tokens_leaves_the_others_alone() -> None:
+    load = torch.tensor([[0, 0, 0, 0], [4, 3, 1, 8]])
+    zero = torch.zeros(2, 4, dtype=torch.float64)
+    bias, momentum = balance.smebu(zero, zero, load, **CONSTANTS)
+    assert not bias[0].any() and not momentum[0].any()
+    assert bias[1].tolist() == pytest.approx(by_hand([4, 3, 1, 8], 1)[0], abs=1e-12)
+    signed = balance.sign(zero, load, gamma=1e-3)
+    assert not signed[0].any() and signed[1, 3] < 0
+
+
+@hypothesis_settings(deadline=None)
+@given(st.lists(st.integers(0, 10_000), min_size=2, max_size=64), st.data())
+def test_sign_steps_are_bounded_and_the_bias_stays_centred(
+    loads: list[int], data: st.DataObject
+) -> None:
+    bias = torch.zeros(1, len(loads), dtype=torch.float64)
+    for _ in range(3):
+        before, n = bias, data.draw(st.permutations(loads))
+        bias = balance.sign(bias, torch.tensor([n]), gamma=1e-3)
+        mean = sum(n) / len(n)
+        raw = [1e-3 * ((mean > x) - (mean < x)) for x in n]
+        step = [r - sum(raw) / len(raw) for r in raw]
+        assert (bias - before)[0].tolist() == pytest.approx(step, abs=1e-12)
+        assert abs(float(bias.sum())) < 1e-12
+
+
+def test_a_long_fp32_run_does_not_drift() -> None:
+    balancer = balance.build(BalanceConfig(method="smebu"), 2, 16)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(2000):
+        balancer.update(torch.randint(0, 1000, (2, 16), generator=generator))
+    assert balancer.bias_LE.dtype == torch.float32 and balancer.bias_LE.abs().max() > 1e-3
+    assert balancer.bias_LE.sum(-1).abs().max() < 1e-5
+
+
+def test_a_balancer_is_its_function_with_the_configured_constants() -> None:
+    config = BalanceConfig(method="smebu", rate=0.02, beta=0.25, kappa=3.0)
+    balancer = balance.build(config, 2, 4)
+    load = torch.tensor([[4, 3, 1, 8], [2, 2, 6, 6]])
+    bias = momentum = torch.zeros(2, 4)
+    for _ in range(2):
+        balancer.update(load)
+        bias, momentum = balance.smebu(bias, momentum, load, lam=0.02, beta=0.25, kappa=3.0)
+    assert torch.equal(balancer.bias_LE, bias) and torch.equal(balancer.momentum_LE, momentum)
+    scores = torch.rand(3, 4)
+    for layer in range(2):
+        assert torch.equal(balancer.select(scores, layer), scores + bias[layer])
+    signed = balance.build(BalanceConfig(method="sign", rate=0.02), 2, 4)
+    signed.update(load)
+    assert torch.equal(signed.bias_LE, balance.sign(torch.zeros(2, 4), load, gamma=0.02))
+    assert not signed.momentum_LE.any()
+
+
+def test_no_gradient_flows_through_the_fraction() -> None:
+    """The gradient is f times that of P alone, row by row; padding has none."""
+    generator = torch.Generator().manual_seed(2)
+    B, S, E, K = 2, 5, 6, 2
+    scores = torch.rand(B * S, E, generator=generator, dtype=torch.float64, requires_grad=True)
+    experts = scores.detach().topk(K).indices
+    documents = torch.zeros(B, S, dtype=torch.long)
+    documents[1, 3:] = -1
+    balance.sequence_loss(scores, experts, documents).backward()
+    for b, length in enumerate((5, 3)):
+        rows = range(b * S, b * S + length)
+        f = [
+            E / (K * length) * sum(int(i in experts[t].tolist()) for t in rows)
+            for i in range(E)
+        ]
+        for t in range(b * S, (b + 1) * S):
+            s = scores[t].tolist()
+            total = sum(s)
+            inner = sum(fi * si for fi, si in zip(f, s, strict=True))
+            expected = [(fi * total - inner) / total**2 / length for fi in f]
+            if t not in rows:
+                expected = [0.0] * E
+            assert scores.grad[t].tolist() == pytest.approx(expected, abs=1e-12)
+
+
+def test_the_loss_is_alpha_times_the_sum_over_layers_and_padding_rows_add_nothing() -> None:
+    generator = torch.Generator().manual_seed(3)
+    layers = []
+    for _ in range(3):
+        scores = torch.rand(8, 5, generator=generator)
+        layers.append(Routed(scores, scores.topk(2).indices))
+    documents = torch.tensor([[0, 0, 1, 1], [-1, -1, -1, -1]])
+    balancer = balance.build(BalanceConfig(sequence_loss=0.25), 3, 5)
+    first = [balance.sequence_loss(s[:4], e[:4], documents[:1]) for s, e in layers]
+    assert float(balancer.loss(layers, documents)) == pytest.approx(0.25 * float(sum(first)))
+    silent = balance.build(BalanceConfig(sequence_loss=0), 3, 5)
+    assert silent.loss(layers, documents) is None

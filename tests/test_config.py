@@ -6,10 +6,14 @@ from typing import Literal
 
 import pytest
 from hypothesis import given
+from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from trinity_lib import config
+from trinity_lib.attention import AttentionConfig
 from trinity_lib.config import check
+from trinity_lib.model import ModelConfig
+from trinity_lib.routing import RouterConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +57,7 @@ OUTERS = st.builds(
 )
 
 
+@hypothesis_settings(deadline=None)
 @given(OUTERS)
 def test_json_round_trip(settings: Outer) -> None:
     text = config.to_json(settings)
@@ -109,3 +114,76 @@ def test_unknown_and_missing_keys_in_json() -> None:
         config.from_json(Outer, json.dumps(values))
     with pytest.raises(ValueError, match="Outer lacks steps, inner"):
         config.from_json(Outer, "{}")
+
+
+POSITIVE = st.floats(1e-8, 1e8)
+MODELS = st.builds(
+    ModelConfig,
+    vocab_size=st.integers(1, 2**20),
+    width=st.integers(1, 4096),
+    num_layers=st.integers(3, 99),
+    num_dense_layers=st.integers(0, 2),
+    dense_width=st.integers(1, 4096),
+    expert_width=st.integers(1, 4096),
+    num_shared_experts=st.integers(0, 3),
+    global_every=st.integers(1, 9),
+    norm_eps=POSITIVE,
+    attention=st.builds(
+        AttentionConfig,
+        num_heads=st.sampled_from([4, 8, 48]),
+        num_kv_heads=st.sampled_from([1, 2, 4]),
+        head_dim=st.integers(1, 64).map(lambda half: 2 * half),
+        window=st.integers(1, 8192),
+        rope_theta=POSITIVE,
+    ),
+    router=st.integers(1, 512).flatmap(
+        lambda experts: st.builds(
+            RouterConfig,
+            num_experts=st.just(experts),
+            top_k=st.integers(1, experts),
+            route_scale=POSITIVE,
+        )
+    ),
+)
+
+
+@hypothesis_settings(deadline=None)
+@given(MODELS)
+def test_a_nested_model_config_round_trips(settings: ModelConfig) -> None:
+    again = config.from_json(ModelConfig, config.to_json(settings))
+    assert again == settings and type(again.router) is RouterConfig
+
+
+@hypothesis_settings(deadline=None)
+@given(MODELS, st.sampled_from(["", "attention", "router"]), st.text(min_size=1, max_size=8))
+def test_an_unknown_key_at_any_depth_is_named(
+    settings: ModelConfig, where: str, key: str
+) -> None:
+    values = json.loads(config.to_json(settings))
+    target = values[where] if where else values
+    key = f"x{key}"  # no setting starts so
+    target[key] = 1
+    owner = {"": "ModelConfig", "attention": "AttentionConfig", "router": "RouterConfig"}[where]
+    with pytest.raises(ValueError) as error:
+        config.from_json(ModelConfig, json.dumps(values))
+    assert str(error.value).startswith(f"{owner} has no setting {key!r}; it has ")
+
+
+def test_an_unknown_key_inside_a_list_is_named() -> None:
+    text = '{"steps": 1, "inner": {"shares": {}}, "many": [{"shares": {}, "extra": 1}]}'
+    with pytest.raises(ValueError, match="Inner has no setting 'extra'"):
+        config.from_json(Outer, text)
+
+
+def test_settings_that_must_agree_move_together(tiny_model: ModelConfig) -> None:
+    changes = {"attention.num_heads": "6", "attention.num_kv_heads": 3, "width": "48"}
+    changed = config.override(tiny_model, changes)
+    assert (changed.attention.num_heads, changed.attention.num_kv_heads) == (6, 3)
+    assert changed.width == 48 and changed.router == tiny_model.router
+    with pytest.raises(ValueError, match=r"num_kv_heads is 3; .* num_heads \(2\)"):
+        config.override(tiny_model, {"attention.num_kv_heads": 3})
+
+
+def test_whole_numbers_are_exact_beyond_what_a_float_holds() -> None:
+    assert config.override(OUTER, {"steps": 2**53 + 1}).steps == 2**53 + 1
+    assert config.override(OUTER, {"steps": str(2**53 + 1)}).steps == 2**53 + 1

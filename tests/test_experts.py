@@ -117,3 +117,43 @@ def test_autocast_reaches_the_grouped_gemm(monkeypatch: pytest.MonkeyPatch) -> N
     assert seen == [(torch.bfloat16, torch.bfloat16)] * 3 and half.dtype == torch.float32
     torch.testing.assert_close(half, exact, atol=0.1, rtol=0.1)
     assert not torch.equal(half, exact)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_all_tokens_on_one_expert_are_that_expert(dtype: torch.dtype) -> None:
+    experts, x, _, _ = case(13, 4, 1, 16, 8, dtype, "spread")
+    weights = torch.linspace(0.5, 2, 13, dtype=dtype)[:, None].requires_grad_()
+    picks = torch.full((13, 1), 2)
+    y = experts(x, Routing(torch.empty(13, 4), picks, weights))
+    gate, up, down = (p[2] for p in experts.parameters())
+    inner = F.silu(x @ gate.T) * (x @ up.T)
+    torch.testing.assert_close(y, weights * (inner @ down), rtol=1e-4, atol=1e-5)
+    y.square().sum().backward()
+    idle = [0, 1, 3]
+    assert all(p.grad[2].any() and not p.grad[idle].any() for p in experts.parameters())
+
+
+def test_the_order_of_tokens_and_of_choices_does_not_matter() -> None:
+    experts, x, picks, weights = case(11, 6, 3, 10, 7, torch.float64, "spread")
+    scores = torch.empty(11, 6)
+    y = experts(x, Routing(scores, picks, weights))
+    order = torch.randperm(11, generator=torch.Generator().manual_seed(0))
+    turned = experts(x[order], Routing(scores, picks[order].flip(1), weights[order].flip(1)))
+    torch.testing.assert_close(turned, y[order], atol=1e-12, rtol=0)
+
+
+def test_the_output_keeps_the_models_dtype_and_is_weighed_in_fp32() -> None:
+    experts, x, picks, weights = case(9, 4, 2, 16, 8, torch.bfloat16, "spread")
+    y = experts(x, Routing(torch.empty(9, 4), picks, weights.float()))
+    assert y.dtype == torch.bfloat16
+    exact = by_loop(experts.double(), x.double(), Routing(None, picks, weights.double()))
+    torch.testing.assert_close(y.double(), exact.detach(), atol=0.06, rtol=0.06)
+
+
+def test_a_dense_network_is_its_equation() -> None:
+    dense = module.SwiGLU(6, 4).double()
+    x = torch.randn(2, 3, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    gate, up, down = (p.detach() for p in dense.parameters())
+    pre = x @ gate.T
+    expected = (pre / (1 + torch.exp(-pre)) * (x @ up.T)) @ down.T
+    torch.testing.assert_close(dense(x).detach(), expected)

@@ -1,5 +1,8 @@
 """Token losses against torch's own, and across splits."""
 
+import math
+
+import pytest
 import torch
 import torch.nn.functional as F
 
@@ -36,3 +39,35 @@ def test_low_precision_logits_are_summed_in_fp32() -> None:
 def test_nothing_to_predict_is_zero() -> None:
     loss = token_loss(LOGITS, torch.full_like(TARGETS, -1))
     assert float(loss.cross_entropy) == float(loss.z) == int(loss.tokens) == 0
+
+
+def test_against_scalar_arithmetic() -> None:
+    cross_entropy = z = 0.0
+    for logits, target in zip(LOGITS.flatten(0, 1), TARGETS.flatten().tolist(), strict=True):
+        if target >= 0:
+            log_total = math.log(sum(math.exp(v) for v in logits.tolist()))
+            cross_entropy += log_total - float(logits[target])
+            z += log_total**2
+    loss = token_loss(LOGITS, TARGETS)
+    assert float(loss.cross_entropy) == pytest.approx(cross_entropy, rel=1e-12)
+    assert float(loss.z) == pytest.approx(z, rel=1e-12)
+
+
+def test_gradients_of_micro_batches_add_up_and_skip_what_is_ignored() -> None:
+    grads = []
+    for size in (4, 2, 1):
+        logits = LOGITS.clone().requires_grad_()
+        for i in range(0, 4, size):
+            loss = token_loss(logits[i : i + size], TARGETS[i : i + size])
+            (loss.cross_entropy + 0.1 * loss.z).backward()
+        grads.append(logits.grad)
+    assert torch.allclose(grads[0], grads[1]) and torch.allclose(grads[0], grads[2])
+    share = LOGITS.softmax(-1)
+    chosen = F.one_hot(TARGETS.clamp(min=0), 11)
+    expected = share - chosen + 0.2 * LOGITS.logsumexp(-1, keepdim=True) * share
+    assert torch.allclose(grads[0], expected * (TARGETS >= 0).unsqueeze(-1))
+
+
+def test_large_logits_stay_finite() -> None:
+    loss = token_loss(torch.tensor([[[1e4, -1e4]]]), torch.tensor([[1]]))
+    assert float(loss.cross_entropy) == 2e4 and float(loss.z) == 1e8

@@ -4,6 +4,9 @@ import math
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
 
 from trinity_lib import optim
 from trinity_lib.model import ModelConfig, Trinity
@@ -184,3 +187,153 @@ def test_bad_phases(changes: dict, sentence: str) -> None:
 def test_bad_settings(changes: dict, sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence):
         OptimConfig(**changes)
+
+
+@pytest.mark.parametrize("shape", [(8, 32), (64, 16), (5, 12, 40), (5, 40, 12)])
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
+def test_well_conditioned_matrices_become_orthogonal(
+    shape: tuple[int, ...], scale: float
+) -> None:
+    values = torch.linalg.svdvals(orthogonalise(scale * random(*shape, seed=3)))
+    assert values.min() > 0.6 and values.max() < 1.2
+
+
+def by_quintic(singular: float, steps: int) -> float:
+    for _ in range(steps):
+        singular = 3.4445 * singular - 4.7750 * singular**3 + 2.0315 * singular**5
+    return singular
+
+
+@hypothesis_settings(deadline=None)
+@given(st.integers(1, 6), st.integers(2, 9), st.integers(2, 9), st.integers(0, 99))
+def test_orthogonalisation_maps_singular_values_alone(
+    steps: int, rows: int, columns: int, seed: int
+) -> None:
+    matrix = random(rows, columns, seed=seed).double()
+    u, values, v = torch.linalg.svd(matrix, full_matrices=False)
+    length = math.sqrt(sum(float(x) ** 2 for x in values))
+    mapped = torch.tensor([by_quintic(float(x) / (length + 1e-7), steps) for x in values])
+    expected = u @ torch.diag(mapped.double()) @ v
+    torch.testing.assert_close(orthogonalise(matrix, steps), expected, atol=1e-6, rtol=0)
+
+
+def test_an_idle_experts_momentum_is_untouched_or_decays() -> None:
+    both, one = random(3, 8, 4, seed=1), random(3, 8, 4, seed=2)
+    one[1] = 0
+    for idle, factor in (("rest", 1.0), ("move", 0.95)):
+        p = torch.nn.Parameter(random(3, 8, 4, seed=3))
+        muon = Muon([p], 0.1, idle_experts=idle, weight_decay=0.5)
+        p.grad = both.clone()
+        muon.step()
+        before, weights = muon.state[p]["momentum"].clone(), p.detach().clone()
+        p.grad = one.clone()
+        muon.step()
+        after = muon.state[p]["momentum"]
+        torch.testing.assert_close(after[1], factor * before[1])
+        torch.testing.assert_close(after[[0, 2]], 0.95 * before[[0, 2]] + 0.05 * one[[0, 2]])
+        assert torch.equal(p.detach()[1], weights[1]) is (idle == "rest")
+        assert not torch.equal(p.detach()[0], weights[0])
+
+
+def test_a_step_of_the_built_optimisers_has_every_matrixs_own_rate(
+    tiny_model: ModelConfig,
+) -> None:
+    """Fans as the layers use them: the down projection's are those of its transpose."""
+    model = Trinity(tiny_model)
+    model.initialise(torch.Generator().manual_seed(0))
+    muon, adamw = optim.build(model, OptimConfig(muon_rate=0.01, adamw_rate=0.002))
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    for i, p in enumerate(model.parameters()):
+        p.grad = random(*p.shape, seed=i)
+    grads = {n: p.grad.clone() for n, p in model.named_parameters()}
+    muon.step()
+    adamw.step()
+    D, hidden, dense = 32, 16, 64
+    factors = {
+        "attention.query": 1.0,  # 32 -> 32
+        "attention.key": 1.0,  # 32 -> 16
+        "dense.gate": math.sqrt(dense / D),
+        "dense.down": 1.0,
+        "shared.down": math.sqrt(D / hidden),
+        "experts.gate_EFD": 1.0,
+        "experts.up_EFD": 1.0,
+        "experts.down_EFD": math.sqrt(D / hidden),
+    }
+    checked = set()
+    for name, p in model.named_parameters():
+        change = p.detach() - before[name]
+        matching = [key for key in factors if key in name and "norm" not in name]
+        if matching:
+            checked |= set(matching)
+            # the first gradient through Nesterov momentum is the gradient, scaled
+            expected = -0.01 * factors[matching[0]] * orthogonalise(grads[name])
+            torch.testing.assert_close(change, expected, atol=2e-5, rtol=1e-2)
+        elif name.split(".")[0] in ("embedding", "head", "norm") or "norm" in name:
+            expected = -0.002 * grads[name].sign()  # AdamW's first step
+            torch.testing.assert_close(change, expected, atol=2e-6, rtol=1e-3)
+    assert checked == set(factors)
+
+
+@pytest.mark.parametrize("optimizer", ["muon", "adamw"])
+def test_every_parameter_is_in_one_group_and_gains_do_not_decay(
+    tiny_model: ModelConfig, optimizer: str
+) -> None:
+    model = Trinity(tiny_model)
+    built = optim.build(model, OptimConfig(optimizer=optimizer, weight_decay=0.1))
+    assert len(built) == (2 if optimizer == "muon" else 1)
+    seen = [id(p) for o in built for g in o.param_groups for p in g["params"]]
+    assert sorted(seen) == sorted(id(p) for p in model.parameters())
+    for group in (g for o in built for g in o.param_groups):
+        dims = {p.dim() for p in group["params"]}
+        assert group["weight_decay"] == (0.0 if dims == {1} else 0.1)
+
+
+@pytest.mark.parametrize(
+    ("phase", "step", "share"),
+    [
+        # cosine from 1 to 0.2 over 8 steps, a quarter of the way: 0.2 + 0.8 (1 + cos 45)/2
+        (0, 2, 0.2 + 0.4 * (1 + math.sqrt(0.5))),
+        (0, 4, 0.6),
+        # constant keeps the cosine's end; two warm-up steps start at half of it
+        (1, 0, 0.1),
+        (1, 1, 0.2),
+        (1, 7, 0.2),
+        # linear from 0.2 to 0.6, with a warm-up on top: (0.2 + 0.4 * 2/8) * 3/4
+        (2, 2, 0.225),
+        (2, 6, 0.5),
+        # cosine down from the line's end
+        (3, 0, 0.6),
+        (3, 4, 0.3),
+    ],
+)
+def test_rates_carry_across_phases(phase: int, step: int, share: float) -> None:
+    phases = (
+        Phase(tokens=80, batch=1, shape="cosine", end=0.2),
+        Phase(tokens=80, batch=1, warmup=2, end=0.9),
+        Phase(tokens=80, batch=1, shape="linear", end=0.6, warmup=4),
+        Phase(tokens=80, batch=1, shape="cosine", end=0.0),
+    )
+    assert optim.rate(iter(phases), phase, step, 8) == pytest.approx(share, abs=1e-12)
+
+
+@hypothesis_settings(deadline=None)
+@given(
+    st.integers(1, 5000),
+    st.integers(1, 9),
+    st.integers(1, 40),
+    st.none() | st.tuples(st.floats(0, 1), st.integers(1, 20)),
+)
+def test_steps_cover_a_phases_tokens_and_no_step_is_spare(
+    tokens: int, batch: int, length: int, larger: tuple[float, int] | None
+) -> None:
+    grows = None
+    if larger is not None and 0 < int(larger[0] * tokens) < tokens:
+        grows = (int(larger[0] * tokens), larger[1])
+    phase = Phase(tokens=tokens, batch=batch, larger_batch=grows)
+    steps = optim.phase_steps(phase, length)
+    sizes = [optim.batch_rows(phase, s, length) * length for s in range(steps)]
+    assert sum(sizes) >= tokens > sum(sizes[:-1])
+    seen = 0
+    for size in sizes:
+        assert size == (batch if grows is None or seen < grows[0] else grows[1]) * length
+        seen += size

@@ -2,6 +2,9 @@
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
 
 from trinity_lib.routing import Router, RouterConfig
 
@@ -83,3 +86,59 @@ def test_no_gradient_reaches_the_selection_and_one_reaches_the_scores() -> None:
 def test_bad_settings(settings: dict, sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence):
         RouterConfig(**settings)
+
+
+@hypothesis_settings(deadline=None)
+@given(
+    st.lists(st.floats(-3, 3), min_size=5, max_size=5),
+    st.integers(1, 5),
+    st.floats(0.1, 8),
+    st.integers(0, 99),
+)
+def test_weights_are_the_biased_choices_own_scores(
+    bias: list[float], top_k: int, scale: float, seed: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    built = Router(RouterConfig(num_experts=5, top_k=top_k, route_scale=scale), 8, 0).double()
+    torch.nn.init.normal_(built.weight_ED, generator=generator)
+    built.bias_E.copy_(torch.tensor(bias))
+    x = torch.randn(4, 8, generator=generator, dtype=torch.float64)
+    with torch.no_grad():
+        routing = built(x)
+    for t in range(4):
+        scores = [1 / (1 + float(torch.exp(-(x[t] @ w)))) for w in built.weight_ED.detach()]
+        ranked = [s + b for s, b in zip(scores, built.bias_E.tolist(), strict=True)]
+        chosen = routing.experts_TK[t].tolist()
+        assert len(set(chosen)) == top_k
+        left = [ranked[e] for e in range(5) if e not in chosen]
+        assert min(ranked[e] for e in chosen) >= max(left, default=-10.0) - 1e-12
+        total = sum(scores[e] for e in chosen)
+        expected = [scale * scores[e] / total for e in chosen]
+        assert routing.weights_TK[t].tolist() == pytest.approx(expected, rel=1e-9)
+        assert sum(routing.weights_TK[t].tolist()) == pytest.approx(scale, rel=1e-9)
+
+
+def test_autocast_does_not_reach_the_scores() -> None:
+    plain = router()
+    with torch.no_grad():
+        outside = plain(X)
+        with torch.autocast("cpu", torch.bfloat16):
+            inside = plain(X)
+    assert inside.scores_TE.dtype == inside.weights_TK.dtype == torch.float32
+    assert torch.equal(inside.scores_TE, outside.scores_TE)
+
+
+def test_scores_that_vanish_give_finite_weights() -> None:
+    plain = router()
+    with torch.no_grad():
+        plain.weight_ED.fill_(-1000.0)
+        routing = plain(torch.ones(2, 8))
+    assert not routing.scores_TE.any() and torch.equal(routing.weights_TK, torch.zeros(2, 2))
+
+
+def test_the_layer_number_reaches_the_balancer() -> None:
+    seen = []
+    built = Router(RouterConfig(num_experts=5, top_k=2), 8, 7)
+    torch.nn.init.normal_(built.weight_ED, generator=torch.Generator().manual_seed(0))
+    built(X, select=lambda scores, layer: seen.append((layer, scores.requires_grad)) or scores)
+    assert seen == [(7, True)]

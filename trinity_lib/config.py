@@ -125,7 +125,9 @@ def override(settings: Any, changes: Mapping[str, Any]) -> Any:
         else:
             here[head] = value
     for head, inner in nested.items():
-        here[head] = override(getattr(settings, head), inner)
+        part = here.get(head, getattr(settings, head))
+        require(dataclasses.is_dataclass(part), head, part, "a group of settings, to be dotted")
+        here[head] = override(part, inner)
     return dataclasses.replace(settings, **here)
 
 

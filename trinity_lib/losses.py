@@ -32,4 +32,4 @@ def token_loss(logits_BSV: Tensor, targets_BS: Tensor) -> TokenLoss:
     valid_T = targets_T != IGNORE
     cross_entropy = F.cross_entropy(logits_TV, targets_T, ignore_index=IGNORE, reduction="sum")
     z_T = logits_TV.logsumexp(-1).square()
-    return TokenLoss(cross_entropy, (z_T * valid_T).sum(), valid_T.sum())
+    return TokenLoss(cross_entropy, torch.where(valid_T, z_T, 0).sum(), valid_T.sum())
