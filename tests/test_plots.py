@@ -59,6 +59,18 @@ def test_figures_draw_in_unusual_runs(plot, case: dict) -> None:
     drawn(plot(run))
 
 
+@pytest.mark.parametrize(
+    "plot", [plots.loss, plots.max_vio, plots.bias, plots.experts_in_use, plots.batch_het]
+)
+def test_a_single_step_is_visible(plot) -> None:
+    """A line of one point draws nothing unless it has a marker."""
+    figure = plot(synthetic.run(steps=1, layers=1))
+    lines = [line for axis in figure.axes for line in axis.lines]
+    points = [line for line in lines if len(set(map(float, line.get_xdata()))) == 1]
+    points = [line for line in points if line.get_linestyle() != "-."]  # TrueBase, Base
+    assert points and all(line.get_marker() == "o" for line in points)
+
+
 def test_the_sampling_floor_is_drawn_and_named() -> None:
     figure = plots.max_vio(synthetic.run())
     labels = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]

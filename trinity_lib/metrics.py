@@ -31,10 +31,10 @@ def min_vio(load: Any) -> Any:
     return 1.0 - _over_mean(load, np.min)
 
 
-def _over_mean(load: Any, extreme: Callable) -> Any:
+def _over_mean(load: Any, measure: Callable, empty: float = 1.0) -> Any:
     load = np.asarray(load, dtype=float)
     mean = load.mean(-1)
-    return np.where(mean > 0, extreme(load, axis=-1) / np.where(mean > 0, mean, 1.0), 1.0)
+    return np.where(mean > 0, measure(load, axis=-1) / np.where(mean > 0, mean, 1.0), empty)
 
 
 def load_entropy(load: Any) -> Any:
@@ -51,9 +51,28 @@ def effective_experts(load: Any) -> Any:
 
 
 def dead_fraction(load: Any, share: float = DEAD_SHARE) -> Any:
-    """Share of experts with less than `share` of the mean load, over the last axis."""
+    """Share of experts with less than `share` of the mean load, over the last axis.
+
+    0 where nothing was routed: no load, no evidence.
+    """
     load = np.asarray(load, dtype=float)
     return (load < share * load.mean(-1, keepdims=True)).mean(-1)
+
+
+def cv(load: Any) -> Any:
+    """Standard deviation over mean load, over the last axis; 0 where nothing was routed."""
+    return _over_mean(load, np.std, empty=0.0)
+
+
+def gini(load: Any) -> Any:
+    """Gini coefficient of the loads, over the last axis; 0 where nothing was routed.
+
+    0 is an even load, (E - 1) / E all of it on one of E experts.
+    """
+    load = np.sort(np.asarray(load, dtype=float), axis=-1)
+    experts, total = load.shape[-1], load.sum(-1)
+    weighted = (load * (2 * np.arange(1, experts + 1) - experts - 1)).sum(-1)
+    return weighted / (experts * np.where(total > 0, total, 1.0))
 
 
 def over_experts(function: Callable[[Any], Any], load: xr.DataArray) -> xr.DataArray:
@@ -74,16 +93,29 @@ def sampling_floor(
     Balance cannot be better than chance: a measure counts only beyond its floor.
     Simulated, exact about distinctness, with more draws where they are cheap.
     """
-    draws = max(16, min(512, 2**26 // (tokens * num_experts)))
+    draws = max(32, min(512, 2**23 // (tokens * top_k)))
     generator = np.random.default_rng(seed)
     loads = np.zeros((draws, num_experts))
     for draw in range(draws):
         for start in range(0, tokens, 4096):
             some = min(4096, tokens - start)
-            keys = generator.random((some, num_experts), dtype=np.float32)
-            chosen = np.argpartition(keys, top_k - 1, axis=1)[:, :top_k]
+            chosen = _distinct(generator, some, num_experts, top_k)
             loads[draw] += np.bincount(chosen.ravel(), minlength=num_experts)
     return float(np.mean(statistic(loads)))
+
+
+def _distinct(
+    generator: np.random.Generator, tokens: int, num_experts: int, top_k: int
+) -> np.ndarray:
+    """Distinct experts of every token, [tokens, top_k], every set as likely as any other."""
+    if top_k * (top_k - 1) > num_experts:  # most draws would repeat an expert
+        keys = generator.random((tokens, num_experts), dtype=np.float32)
+        return np.argpartition(keys, top_k - 1, axis=1)[:, :top_k]
+    chosen = np.sort(generator.integers(num_experts, size=(tokens, top_k)), axis=1)
+    while (repeats := (chosen[:, 1:] == chosen[:, :-1]).any(axis=1)).any():
+        again = generator.integers(num_experts, size=(int(repeats.sum()), top_k))
+        chosen[repeats] = np.sort(again, axis=1)
+    return chosen
 
 
 def group(run: xr.DataTree, name: str) -> xr.Dataset:

@@ -25,9 +25,13 @@ def loss(run: xr.DataTree) -> Figure:
     """Training loss, validation loss per domain, and the learning rate behind them."""
     figure, axes = _figure(1, width=9, height=4.5)
     train, evaluation = group(run, "train"), group(run, "evaluation")
-    axes[0].plot(train.step, train["loss"], color="0.8", lw=0.8, label="training, each step")
+    alone = _alone(train)
+    axes[0].plot(
+        train.step, train["loss"], alone, color="0.8", lw=0.8, label="training, each step"
+    )
     smooth = _smooth(train["loss"])
-    axes[0].plot(train.step, smooth, color="0.3", label=f"training, mean of {SMOOTH} steps")
+    label = f"training, mean of {SMOOTH} steps"
+    axes[0].plot(train.step, smooth, alone, color="0.3", label=label)
     domains = evaluation.domain.values
     for color, domain in zip(sns.color_palette(n_colors=len(domains)), domains, strict=True):
         curve = evaluation["loss"].sel(domain=domain, split="validation")
@@ -57,6 +61,7 @@ def losses(run: xr.DataTree) -> Figure:
     sns.barplot(long, x="domain", y="bits", hue="coder", ax=axes[0])
     for bars in axes[0].containers:
         axes[0].bar_label(bars, fmt="%.2f", fontsize=8)  # type: ignore[arg-type]
+    axes[0].margins(y=0.1)
     axes[0].set(xlabel="domain", ylabel="bits per byte of text")
     axes[0].set_title("Validation text: the model against gzip")
     axes[0].legend(title=None, frameon=False, loc="upper left", bbox_to_anchor=(1.01, 1))
@@ -106,7 +111,7 @@ def bias(run: xr.DataTree) -> Figure:
         relative = (load / load.mean()).values
         for expert, share in enumerate(relative):
             curve = bias_.sel(layer=layer).isel(expert=expert)
-            axis.plot(bias_.step, curve, lw=0.7, color=colors(norm(share)))
+            axis.plot(bias_.step, curve, _alone(bias_), lw=0.7, color=colors(norm(share)))
         axis.set(ylabel=f"layer {layer}\nbias")
     axes[0].set_title(f"Selection bias of every expert (balance: {_method(run)})")
     axes[-1].set_xlabel("optimiser step")
@@ -144,13 +149,17 @@ def batch_het(run: xr.DataTree) -> Figure:
     train = group(run, "train")
     config = json.loads(run.attrs["config"])
     figure, axes = _figure(1, width=9, height=3.5)
-    axes[0].plot(train.step, train["batch_het"], color="0.7", lw=0.8, label="each step")
+    axes[0].plot(
+        train.step, train["batch_het"], _alone(train), color="0.7", lw=0.8, label="each step"
+    )
     palette = sns.color_palette(n_colors=int(train["phase"].max()) + 1)
     for phase, part in train.groupby("phase"):
         mean = float(part["batch_het"].mean())
         ends = [int(part.step[0]), int(part.step[-1])]
         label = f"phase {int(phase) + 1}: mean {mean:.3f}"
-        axes[0].plot(ends, [mean, mean], color=palette[int(phase)], lw=2, label=label)
+        axes[0].plot(
+            ends, [mean] * 2, _alone(part), color=palette[int(phase)], lw=2, label=label
+        )
     rsdb = config["data"]["rsdb"]
     order = f"RSDB of {rsdb} documents" if rsdb else "documents packed in order"
     axes[0].set(xlabel="optimiser step", ylabel="BatchHet, nat")
@@ -248,11 +257,16 @@ def _per_layer(axis: Axes, curves: xr.DataArray, smooth: int = SMOOTH) -> None:
         label = (
             f"layer {layer}" if len(layers) <= 8 or layer in (layers[0], layers[-1]) else None
         )
-        axis.plot(curves.step, curve, color=color, label=label)
+        axis.plot(curves.step, curve, _alone(curves), color=color, label=label)
 
 
 def _smooth(curve: xr.DataArray, steps: int = SMOOTH) -> xr.DataArray:
     return curve.rolling(step=steps, min_periods=1).mean()
+
+
+def _alone(data: xr.Dataset | xr.DataArray) -> str:
+    """A format that shows a single step too: a line of one point would be invisible."""
+    return "o" if data.sizes["step"] == 1 else "-"
 
 
 def _stages(run: xr.DataTree, axis: Axes) -> None:
