@@ -32,7 +32,7 @@ megablocks:
 	rm -rf build/megablocks && mkdir -p build/megablocks; \
 	TORCH_CUDA_ARCH_LIST=9.0 $(PIP) download --no-deps --no-build-isolation --no-binary :all: -d build/megablocks $(MEGABLOCKS); \
 	for sdist in build/megablocks/*.tar.gz; do tar -xzf $$sdist -C build/megablocks; done; \
-	for source in build/megablocks/*/; do (cd $$source && $(abspath $(PY)) -W ignore -c "import torch.utils.cpp_extension as e; e.CUDA_HOME = None; from setuptools import build_meta as b; b.build_wheel('..')" >/dev/null 2>build.log || { cat build.log; exit 1; }); done; \
+	for source in build/megablocks/*/; do $(PY) -W ignore -c "import os; os.chdir('$$source'); import torch.utils.cpp_extension as e; e.CUDA_HOME = None; from setuptools import build_meta as b; b.build_wheel('..')" >build/megablocks/log 2>&1 || { cat build/megablocks/log; exit 1; }; done; \
 	$(PIP) install --no-deps build/megablocks/*.whl; }
 
 train: setup
