@@ -6,8 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-IGNORE = -1
-"""A target that is not predicted: the end of a document, or padding."""
+from trinity_lib.data import IGNORE
 
 
 class TokenLoss(NamedTuple):

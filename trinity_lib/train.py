@@ -218,7 +218,7 @@ def _reproducible(config: RunConfig) -> Iterator[None]:
     if config.device == "cuda":  # cuBLAS asks for this before it promises the same bits
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
-    memory.fill_uninitialized_memory = False  # nothing reads it; costs 5%
+    memory.fill_uninitialized_memory = False  # nothing reads it; 4% of a profile
     try:
         yield
     finally:
