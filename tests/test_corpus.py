@@ -107,7 +107,7 @@ def test_real_code_loses_comments_and_docstrings_alone() -> None:
 
 def test_the_manifest_counts_what_was_left_out(library: Path, tmp_path: Path) -> None:
     made = corpus.embedded(tmp_path / "cache", library)
-    manifest = json.loads((tmp_path / "cache" / "corpus" / "manifest.json").read_text())
+    manifest = json.loads((corpus.folder_in(tmp_path / "cache") / "manifest.json").read_text())
     assert (manifest["files"], manifest["skipped"]) == (61, 1)
     assert set(manifest["sources"]) == {"broken.py", *(f"m{i}.py" for i in range(60))}
     assert manifest["sha256"] == made.sha256
@@ -133,7 +133,9 @@ def test_of_two_builders_the_later_uses_what_the_first_made(
     monkeypatch.setattr(corpus, "_build", overtaken)
     late = corpus.embedded(tmp_path, library)
     assert late == first[0]
-    assert [p.name for p in tmp_path.iterdir() if p != library] == ["corpus"]
+    assert [p.name for p in tmp_path.iterdir() if p != library] == [
+        corpus.folder_in(tmp_path).name
+    ]
 
 
 def test_files_are_split_and_domains_do_not_overlap(library: Path, tmp_path: Path) -> None:
@@ -166,7 +168,7 @@ def test_changed_sources_are_reported_with_both_hashes(library: Path, tmp_path: 
     now = corpus.embedded(tmp_path / "new", library).sources_sha256
     assert now != first.sources_sha256
     assert first.sources_sha256[:12] in warning and now[:12] in warning
-    assert "delete" in warning and str(tmp_path / "cache" / "corpus") in warning
+    assert "delete" in warning and str(corpus.folder_in(tmp_path / "cache")) in warning
 
 
 @pytest.mark.parametrize("damage", ["corpus.jsonl", "manifest.json"])
@@ -174,13 +176,13 @@ def test_a_damaged_cache_is_built_again_and_reported(
     library: Path, tmp_path: Path, damage: str
 ) -> None:
     first = corpus.embedded(tmp_path / "cache", library)
-    file = tmp_path / "cache" / "corpus" / damage
+    file = corpus.folder_in(tmp_path / "cache") / damage
     file.write_text(file.read_text()[:-40])
     mended = corpus.embedded(tmp_path / "cache", library)
     assert mended.sha256 == first.sha256
     assert "did not match its manifest" in mended.warnings[0]
     assert not corpus.embedded(tmp_path / "cache", library).warnings
-    assert [p.name for p in (tmp_path / "cache").iterdir()] == ["corpus"]
+    assert [p.name for p in (tmp_path / "cache").iterdir()] == [corpus.folder_in(tmp_path).name]
 
 
 def test_twins_of_validation_are_dropped_from_training() -> None:
@@ -204,3 +206,13 @@ def test_procedural_text_is_pinned() -> None:
 
 
 PROCEDURAL = "435787a7fe3d"
+
+
+def test_changed_code_never_meets_an_old_corpus(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = corpus.folder_in(tmp_path)
+    other = tmp_path / "world.py"
+    other.write_bytes(Path(corpus.world.__file__).read_bytes() + b"\n")
+    monkeypatch.setattr(corpus.world, "__file__", str(other))
+    assert corpus.folder_in(tmp_path) != before

@@ -72,14 +72,15 @@ def procedural(seed: int) -> Corpus:
 def embedded(cache: Path, library: Path | None = None) -> Corpus:
     """The corpus of all four domains, built once into `cache` and checked at every call.
 
-    A cached corpus that no longer matches its manifest is built again; one whose source
+    The folder's name carries a hash of the code that makes it, so that changed code never
+    meets an old corpus. A cached corpus that no longer matches its manifest is built again; one whose source
     files have changed since is used as it is. Both are reported in `warnings`.
     """
     files = _files(library or Path(sysconfig.get_path("stdlib")))
     sources = {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in files}
     lines = "".join(f"{name} {digest}\n" for name, digest in sources.items())
     now = hashlib.sha256(lines.encode()).hexdigest()
-    folder = cache / "corpus"
+    folder = folder_in(cache)
     warnings = []
     made = _read(folder)
     if made is None:
@@ -94,6 +95,12 @@ def embedded(cache: Path, library: Path | None = None) -> Corpus:
             f"delete {folder} to make it anew."
         )
     return replace(made, warnings=tuple(warnings))
+
+
+def folder_in(cache: Path) -> Path:
+    """Where this version of the code keeps its corpus."""
+    code = b"".join(Path(str(m)).read_bytes() for m in (__file__, world.__file__))
+    return cache / f"corpus-{hashlib.sha256(code).hexdigest()[:8]}"
 
 
 def _files(library: Path) -> list[tuple[str, Path]]:
