@@ -73,8 +73,9 @@ def embedded(cache: Path, library: Path | None = None) -> Corpus:
     """The corpus of all four domains, built once into `cache` and checked at every call.
 
     The folder's name carries a hash of the code that makes it, so that changed code never
-    meets an old corpus. A cached corpus that no longer matches its manifest is built again; one whose source
-    files have changed since is used as it is. Both are reported in `warnings`.
+    meets an old corpus. A cached corpus that no longer matches its manifest is built again;
+    one whose source files have changed since is used as it is. Both are reported in
+    `warnings`.
     """
     files = _files(library or Path(sysconfig.get_path("stdlib")))
     sources = {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in files}
