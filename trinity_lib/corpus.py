@@ -124,7 +124,7 @@ def _build(files: Sequence[tuple[str, Path]]) -> tuple[Documents, dict[str, Any]
     terminal = sys.stderr.isatty()
     if not terminal:
         which = f"{len(files)} files of Python {platform.python_version()}"
-        print(f"building the corpus from {which}, once: some 15 s", file=sys.stderr)
+        print(f"building the corpus from {which}, once: some 15 s", flush=True)
     skipped = 0
     for name, path in tqdm(files, desc="corpus", unit="file", disable=not terminal):
         try:

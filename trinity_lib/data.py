@@ -8,7 +8,6 @@ import json
 import os
 import random
 import shutil
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -104,7 +103,7 @@ def tokenizer_for(corpus: Corpus, vocab_size: int, cache: Path) -> Tokenizer:
     file = cache / f"tokenizer-{vocab_size}-{corpus.sha256[:12]}.json"
     if file.exists():
         return Tokenizer.from_file(str(file))
-    print(f"training a tokenizer of {vocab_size} entries, once: {file}", file=sys.stderr)
+    print(f"training a tokenizer of {vocab_size} entries, once: {file}", flush=True)
     tokenizer = train_tokenizer(_sample(corpus), vocab_size)
     if tokenizer.get_vocab_size() != vocab_size:
         raise ValueError(
