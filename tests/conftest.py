@@ -10,7 +10,7 @@ from trinity_lib.data import DataConfig
 from trinity_lib.model import ModelConfig
 from trinity_lib.optim import OptimConfig, Phase
 from trinity_lib.routing import RouterConfig
-from trinity_lib.session import RunConfig
+from trinity_lib.run import RunConfig
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

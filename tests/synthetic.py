@@ -23,6 +23,8 @@ def run(
     when = {"train": steps, "layers": steps, "routing": steps, "evaluation": 3}
     groups = {}
     for name, variables in SCHEMA.items():
+        if name == "choices":
+            continue
         at = np.linspace(0 if name == "evaluation" else 1, steps, when[name]).astype(int)
         data = {}
         for key, variable in variables.items():

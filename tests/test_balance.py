@@ -122,7 +122,10 @@ def test_loads_count_valid_tokens_once_per_choice() -> None:
 def test_none_never_moves_and_has_no_loss() -> None:
     none = balance.build(BalanceConfig(method="none"), 2, 4)
     scores = torch.rand(3, 4)
-    assert none.select(scores, 0) is scores
+    assert torch.equal(none.select(scores, 0), scores)
+    none.bias_LE = torch.arange(8.0).view(2, 4)  # came with a checkpoint's weights
+    assert torch.equal(none.select(scores, 1), scores + torch.arange(4.0, 8.0))
+    none.bias_LE = torch.zeros(2, 4)
     none.update(torch.tensor([[9, 0, 0, 0]] * 2))
     assert not none.bias_LE.any()
     assert none.loss([], torch.zeros(1, 3, dtype=torch.long)) is None

@@ -1,176 +1,121 @@
-"""Tokenizer, packing, RSDB and the one order of rows."""
+"""Text to tokens on disk, and what a run is given of both."""
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from tests.test_tokenizer import foreign
 
-from trinity_lib import corpus, data
-from trinity_lib.data import IGNORE, Documents, Rows, Stream
+from trinity_lib import corpus, data, rows, tokenizer
+from trinity_lib.config import BadValue
+from trinity_lib.data import DataConfig, Documents, Streamed
+from trinity_lib.sources import Source
 
 TEXTS = ["x = 12\n", "def f(a):\n    return a + 345\n", "The café is in Zürich.\n"] * 20
 
 
-def numbered(lengths: list[int]) -> Documents:
-    """Documents whose tokens are all different: 0, 1, 2, ..."""
-    ends = np.cumsum(lengths, dtype=np.int64)
-    return Documents(np.arange(ends[-1], dtype=np.int32), ends)
+def folder_of_text(folder: Path, documents: int = 40) -> Path:
+    folder.mkdir()
+    for i in range(documents):
+        (folder / f"{i}.txt").write_text(f"Document {i} says: {'the cat sat. ' * (1 + i % 7)}\n")
+    return folder
 
 
-def rows_of(lengths: list[int], length: int, rsdb: int, seed: int = 0) -> Rows:
-    stream = Stream({"a": numbered(lengths)}, seed)
-    stream.mix({"a": 1.0})
-    return Rows(stream, length, rsdb, seed)
+def config(*sources: Source, **settings: object) -> DataConfig:
+    return DataConfig(sources=sources, sequence_length=16, validation_rows=2, **settings)
 
 
-def test_the_tokenizer_isolates_digits_and_round_trips() -> None:
-    tokenizer = data.train_tokenizer(TEXTS, 300)
-    for text in TEXTS[:3]:
-        assert tokenizer.decode(tokenizer.encode(text).ids) == text
-    assert tokenizer.encode("345").tokens == ["3", "4", "5"]
-    assert tokenizer.encode("a 12").tokens[-2:] == ["1", "2"]
-
-
-def test_the_tokenizer_is_the_same_every_time() -> None:
-    first = data.train_tokenizer(TEXTS, 300)
-    assert first.to_str() == data.train_tokenizer(TEXTS, 300).to_str()
-
-
-def test_a_vocabulary_the_text_cannot_yield_is_refused(cache: Path) -> None:
-    with pytest.raises(ValueError, match="vocab_size is 500000; it must be at most"):
-        data.tokenizer_for(corpus.procedural(0), 500_000, cache)
-
-
-def test_tokenised_text_is_cached_unchanged(tmp_path: Path) -> None:
+def test_tokenised_text_is_the_text_and_is_made_once(tmp_path: Path) -> None:
     source = corpus.procedural(0)
-    tokenizer = data.tokenizer_for(source, 384, tmp_path)
-    first = data.tokenised(source, tokenizer, tmp_path)
-    again = data.tokenised(source, tokenizer, tmp_path)
+    vocabulary = tokenizer.of_corpus(source, 384, tmp_path)
+    first = data.tokenised(source, vocabulary, tmp_path)
+    (folder,) = tmp_path.glob("tokenised-*")
+    stamps = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
+    again = data.tokenised(source, vocabulary, tmp_path)
+    assert stamps == {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
     for split, domains in first.items():
         for domain, documents in domains.items():
             np.testing.assert_array_equal(documents.tokens, again[split][domain].tokens)
-            text = source.documents[split][domain][0]
-            ids = documents.document(0)
-            assert tokenizer.decode(ids.tolist(), skip_special_tokens=True) == text
-            assert tokenizer.id_to_token(int(ids[0])) == data.BEGIN
-            assert tokenizer.id_to_token(int(ids[-1])) == data.END
+            texts = source.documents[split][domain]
+            assert len(documents) == len(texts)
+            for i in (0, len(texts) // 2, len(texts) - 1):
+                ids = documents.document(i)
+                assert vocabulary.decode([ids.tolist()]) == [texts[i]]
+                assert vocabulary.tokenizer.id_to_token(int(ids[0])) == tokenizer.BEGIN
+                assert vocabulary.tokenizer.id_to_token(int(ids[-1])) == tokenizer.END
 
 
-@settings(deadline=None, max_examples=60)
-@given(
-    st.lists(st.integers(1, 40), min_size=1, max_size=30),
-    st.integers(2, 24),
-    st.integers(0, 6),
-    st.integers(0, 5),
-)
-def test_no_token_is_lost_and_targets_stay_in_their_document(
-    lengths: list[int], length: int, rsdb: int, seed: int
-) -> None:
-    rows = rows_of(lengths, length, rsdb, seed)
-    ends = set((np.cumsum(lengths) - 1).tolist())
-    total = sum(lengths)
-    seen = np.zeros(total, dtype=int)
-    count = -(-3 * total // length)
-    batch = rows.batch(count)
-    for token, target in zip(batch.tokens_BS.flat, batch.targets_BS.flat, strict=True):
-        seen[token] += 1
-        assert target == (IGNORE if token in ends else token + 1)
-    held = np.zeros(total, dtype=int)
-    for tokens, head in rows.open:
-        held[tokens[head:]] += 1
-    epochs = rows.stream.epoch["a"]
-    pending = rows.stream.order["a"][rows.stream.taken["a"] :]
-    for document in pending:
-        held[rows.stream.domains["a"].document(int(document))] += 1
-    np.testing.assert_array_equal(seen + held, epochs)
-
-
-@settings(deadline=None, max_examples=30)
-@given(st.lists(st.integers(1, 40), min_size=2, max_size=30), st.integers(0, 6))
-def test_pieces_are_runs_of_one_document(lengths: list[int], rsdb: int) -> None:
-    batch = rows_of(lengths, 16, rsdb).batch(8)
-    owner = np.repeat(np.arange(len(lengths)), lengths)
-    for tokens, pieces in zip(batch.tokens_BS, batch.documents_BS, strict=True):
-        assert pieces[0] == 0 and set(np.diff(pieces)) <= {0, 1}
-        for piece in range(pieces[-1] + 1):
-            part = tokens[pieces == piece]
-            assert len(set(owner[part])) == 1
-            assert (np.diff(part) == 1).all()
-
-
-def test_without_rsdb_documents_follow_one_another() -> None:
-    rows = rows_of([5, 7, 9], 4, 0)
-    flat = rows.batch(21).tokens_BS.flatten()
-    order = np.random.default_rng([0, 0])
-    documents = numbered([5, 7, 9])
-    expected: list[int] = []
-    while len(expected) < len(flat):
-        for i in order.permutation(3):
-            expected += documents.document(int(i)).tolist()
-    np.testing.assert_array_equal(flat, expected[: len(flat)])
-
-
-def test_rsdb_follows_its_definition() -> None:
-    """Random open document, from its read head, refill to twice the size when down to it."""
-    size, length, lengths = 3, 8, [5, 11, 2, 17, 8, 3, 9, 20]
-    got = rows_of(lengths, length, size, seed=4).batch(30).tokens_BS
-    stream = Stream({"a": numbered(lengths)}, 4)
-    stream.mix({"a": 1.0})
-    choose = np.random.default_rng([4, 1_000_003])
-    buffer: list[list[int]] = []
-    for row in got:
-        expected: list[int] = []
-        while len(expected) < length:
-            if len(buffer) <= size:
-                while len(buffer) < 2 * size:
-                    buffer.append(stream.next().tolist())
-            document = buffer[int(choose.integers(len(buffer)))]
-            taken = document[: length - len(expected)]
-            del document[: len(taken)]
-            expected += taken
-            buffer = [b for b in buffer if b]
-        assert row.tolist() == expected
-
-
-def test_the_mixture_holds_at_every_moment() -> None:
-    domains = {"a": numbered([10] * 50), "b": numbered([40] * 50)}
-    stream = Stream(domains, 0)
-    stream.mix({"a": 3.0, "b": 1.0})
-    issued = {"a": 0, "b": 0}
-    for _ in range(200):
-        before = dict(stream.issued)
-        stream.next()
-        issued = {k: issued[k] + stream.issued[k] - before[k] for k in issued}
-        assert abs(issued["a"] - 3 * issued["b"]) <= 120
-    with pytest.raises(ValueError, match="'c'; it must be made of a, b"):
-        stream.mix({"c": 1.0})
-
-
-def test_the_same_seed_gives_the_same_rows_and_another_does_not() -> None:
-    lengths = [7, 30, 11, 5, 16, 9] * 5
-    first = rows_of(lengths, 16, 4, seed=1).batch(12).tokens_BS
-    np.testing.assert_array_equal(first, rows_of(lengths, 16, 4, seed=1).batch(12).tokens_BS)
-    assert (first != rows_of(lengths, 16, 4, seed=2).batch(12).tokens_BS).any()
-
-
-def test_rows_do_not_depend_on_how_they_are_asked_for() -> None:
-    lengths = [7, 30, 11, 5, 16, 9] * 5
-    whole = rows_of(lengths, 16, 4).batch(12).tokens_BS
-    parts = rows_of(lengths, 16, 4)
-    pieces = [parts.batch(n).tokens_BS for n in (1, 4, 7)]
-    np.testing.assert_array_equal(whole, np.concatenate(pieces))
-
-
-def test_target_bytes_are_the_text() -> None:
-    tokenizer = data.train_tokenizer(TEXTS, 300)
-    documents = data.tokenise(TEXTS[:4], tokenizer)
-    batch = data.validation_rows(documents, len(documents.tokens), 1, 0)
-    spelled = data.target_bytes(batch, tokenizer)
+def test_target_text_is_the_text() -> None:
+    vocabulary = tokenizer.train(TEXTS, 300)
+    pieces = vocabulary.encode(TEXTS[:4])
+    ends = np.cumsum([len(p) for p in pieces])
+    batch = rows.validation("a", Documents(np.concatenate(pieces), ends), ends[-1], 1)
+    spelled = data.target_text(batch, vocabulary)
     assert len(spelled) == sum(len(t.encode()) for t in TEXTS[:4])
 
 
-def test_too_little_validation_text_is_refused() -> None:
-    with pytest.raises(ValueError, match="has 3 tokens; it needs at least one row of 64"):
-        data.validation_rows(numbered([3]), 64, 4, 0)
+def test_a_users_folder_becomes_a_domain(tmp_path: Path) -> None:
+    source = Source(name="cats", path=str(folder_of_text(tmp_path / "cats")))
+    loaded = data.load(config(source), 270, tmp_path / "cache")
+    assert list(loaded.train) == list(loaded.validation) == ["cats"]
+    assert not loaded.warnings and loaded.vocabulary.size == 270
+    train, validation = loaded.train["cats"], loaded.validation["cats"]
+    assert isinstance(train, Documents)
+    assert len(train) + len(validation) == 40 and len(validation) >= 2
+    assert json.loads(loaded.summary)["train"]["cats"] == [len(train), len(train.tokens)]
+
+
+def test_a_foreign_tokenizer_without_marks_is_reported(tmp_path: Path) -> None:
+    source = Source(name="cats", path=str(folder_of_text(tmp_path / "cats")))
+    file = tmp_path / "tokenizer.json"
+    foreign().save(str(file))
+    loaded = data.load(config(source, tokenizer=str(file)), 5, tmp_path / "cache")
+    assert "no end mark" in loaded.warnings[0]
+    with pytest.raises(BadValue, match="has 5 entries; the model's vocabulary is 4"):
+        data.load(config(source, tokenizer=str(file)), 4, tmp_path / "cache")
+
+
+def test_a_stream_beside_files_keeps_the_order_of_the_configuration(tmp_path: Path) -> None:
+    cats = folder_of_text(tmp_path / "cats")
+    (tmp_path / "hub").mkdir()
+    lines = (json.dumps({"body": f"the {i} th cat sat"}) + "\n" for i in range(100))
+    (tmp_path / "hub" / "a.jsonl").write_text("".join(lines))
+    sources = (
+        Source(name="hub", path=f"hf://{tmp_path / 'hub'}", field="body"),
+        Source(name="cats", path=str(cats)),
+    )
+    loaded = data.load(config(*sources), 270, tmp_path / "cache")
+    assert list(loaded.train) == ["hub", "cats"]
+    assert isinstance(loaded.train["hub"], Streamed)
+    assert len(loaded.validation["hub"].tokens) >= 2 * 16
+    assert json.loads(loaded.summary)["train"]["hub"] == "streamed"
+    alone = config(sources[0])
+    with pytest.raises(BadValue, match="tokenizer is ''; it must be .* where all text is"):
+        data.load(alone, 270, tmp_path / "cache")
+
+
+def test_changed_text_is_another_corpus(tmp_path: Path) -> None:
+    folder = folder_of_text(tmp_path / "cats")
+    source = Source(name="cats", path=str(folder))
+    before = data.load(config(source), 270, tmp_path / "cache").sha256
+    assert data.load(config(source), 270, tmp_path / "cache").sha256 == before
+    (folder / "0.txt").write_text("Another document.\n")
+    assert data.load(config(source), 270, tmp_path / "cache").sha256 != before
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"sequence_length": 1}, "data.sequence_length is 1; it must be at least 2"),
+        ({"rsdb": -1}, "data.rsdb is -1; it must be 0"),
+        ({"rsdb": 10**9}, "data.rsdb is 1000000000; it must be 0 .* up to 10,000,000"),
+        ({"validation_share": 1}, "data.validation_share is 1; it must be at least 2"),
+        ({"validation_rows": 0}, "data.validation_rows is 0; it must be at least 1"),
+        ({"sources": [{"name": "a", "path": "x"}] * 2}, "it must be sources of unlike names"),
+        ({"sources": [{"name": "a/b", "path": "x"}]}, "source.name is 'a/b'; it must be letters"),
+    ],
+)
+def test_settings_out_of_range_are_one_sentence(settings: dict, sentence: str) -> None:
+    with pytest.raises(BadValue, match=sentence):
+        DataConfig(**{"sequence_length": 8, **settings})

@@ -46,7 +46,7 @@ def test_text_that_spells_a_value_is_taken() -> None:
     ("parameters", "sentence"),
     [
         ({"scale": "larg"}, "scale is 'larg'; it must be one of toy, small, nano, mini, large"),
-        ({"scale": "large"}, "scale 'large' needs text and a tokenizer of 200,192 entries"),
+        ({"scale": "large"}, "scale 'large' needs data and a tokenizer of 200,192 entries"),
         ({"steps": 0}, "steps is 0; it must be at least 1"),
         ({"steps": 2.5}, "steps is 2.5; it must be a whole number"),
         ({"steps": "many"}, "steps is 'many'; it must be a whole number"),

@@ -14,7 +14,8 @@ import xarray as xr
 from trinity_lib import checkpoint, corpus, evaluate
 from trinity_lib.config import from_json, override, to_json
 from trinity_lib.record import open_run
-from trinity_lib.session import RunConfig, start
+from trinity_lib.run import RunConfig
+from trinity_lib.session import start
 from trinity_lib.train import TrainingFailed, train
 
 
@@ -152,7 +153,7 @@ def test_a_loss_that_is_no_number_stops_the_run(
         train(config, runs=tmp_path, cache=cache)
     run = open_run(tmp_path / "nan")
     assert run.attrs["status"] == "failed"
-    assert "TrainingFailed: the loss" in run.attrs["reason"]
+    assert run.attrs["reason"].startswith("the loss")
     assert not (tmp_path / "nan.nc").exists()
 
 

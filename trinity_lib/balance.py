@@ -80,15 +80,15 @@ class Balancer(ABC):
 
 
 class Unbalanced(Balancer):
-    """The control: no bias, no loss."""
+    """The control: no update, no loss. A bias that came with the weights stays as it is."""
 
     def __init__(self, num_layers: int, num_experts: int, device: str = "cpu") -> None:
         self.bias_LE = torch.zeros(num_layers, num_experts, device=device)
         self.momentum_LE = torch.zeros_like(self.bias_LE)
 
     def select(self, scores_TE: Tensor, layer: int) -> Tensor:
-        """The scores themselves."""
-        return scores_TE
+        """Scores plus the bias that came with the weights: zero in a new model."""
+        return scores_TE + self.bias_LE[layer]
 
     def observe(self, routing: Sequence[Routed], valid_T: Tensor) -> Tensor:
         """Expert loads: recorded, never acted on."""

@@ -1,27 +1,70 @@
 """Settings: checked dataclasses, overrides by dotted name, JSON in and out.
 
 A settings class is a frozen keyword-only dataclass that calls `check(self)` in
-`__post_init__` and then `require`s its ranges. An unknown key is always an error.
+`__post_init__` and then `require`s its ranges. An unknown key is always an error. What a
+user can put right is a `Refusal`, whose one sentence is all that is shown of it.
 """
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
 import json
+import math
+import sys
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 
+class Refusal(Exception):
+    """What the user can put right, in one sentence.
+
+    A notebook shows the sentence in red and no traceback; a command prints it and ends
+    with 1. Any other exception is a defect, and keeps its traceback.
+    """
+
+    def _render_traceback_(self) -> list[str]:  # IPython's own hook
+        return [str(self)]
+
+
+class BadValue(Refusal, ValueError):
+    """A value or the content of a file that cannot be used."""
+
+
+class Missing(Refusal, FileNotFoundError):
+    """A file, folder or run that is not there."""
+
+
+class Taken(Refusal, FileExistsError):
+    """A run that is complete, was begun before, or is being written."""
+
+
+@contextlib.contextmanager
+def one_sentence() -> Iterator[None]:
+    """For commands: print a refusal's sentence and exit with 1, without a traceback."""
+    try:
+        yield
+    except Refusal as refusal:
+        print(refusal, file=sys.stderr)
+        raise SystemExit(1) from refusal
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an exception's message, or its type where it has none."""
+    lines = str(error).strip().splitlines()
+    return lines[0].rstrip(".") if lines else type(error).__name__
+
+
 def require(ok: bool, field: str, value: object, right: str) -> None:
-    """Raise ValueError "FIELD is VALUE; it must be RIGHT" unless `ok`."""
+    """Raise BadValue "FIELD is VALUE; it must be RIGHT" unless `ok`."""
     if not ok:
-        raise ValueError(f"{field} is {value!r}; it must be {right}.")
+        raise BadValue(f"{field} is {value!r}; it must be {right}.")
 
 
 def check(settings: Any) -> None:
-    """Bring every field of a settings dataclass to its annotated type, or raise ValueError."""
+    """Bring every field of a settings dataclass to its annotated type, or raise BadValue."""
     cls: Any = type(settings)
     for name, hint in _hints(cls).items():
         value = convert(hint, getattr(settings, name), name)
@@ -29,7 +72,7 @@ def check(settings: Any) -> None:
 
 
 def convert(hint: Any, value: Any, field: str) -> Any:
-    """`value` as the type `hint` describes; ValueError names the field where it cannot be.
+    """`value` as the type `hint` describes; BadValue names the field where it cannot be.
 
     Text that spells a number or true/false is accepted where a number or a bool belongs,
     because that is how papermill and shells hand them over.
@@ -75,12 +118,11 @@ def _convert_scalar(hint: Any, value: Any, field: str) -> Any:
         require(not isinstance(value, bool), field, value, kind)
         try:
             number = float(value)
-            value = hint(value) if number == hint(number) or number != number else None
+            whole = math.isfinite(number) and number == hint(number)
+            shown, value = number, hint(value) if whole else None
         except (TypeError, ValueError, OverflowError):
-            value_shown, value = value, None
-        else:
-            value_shown = number
-        require(value is not None, field, value_shown, kind)
+            shown, value = value, None
+        require(value is not None, field, shown, kind)
     elif hint is str:
         require(isinstance(value, str), field, value, "text")
     return value
@@ -92,7 +134,7 @@ def build(cls: type, values: Any, field: str = "") -> Any:
     known = _hints(cls)
     for key in values:
         if key not in known:
-            raise ValueError(
+            raise BadValue(
                 f"{cls.__name__} has no setting {key!r}; it has {', '.join(sorted(known))}."
             )
     missing = [
@@ -103,7 +145,7 @@ def build(cls: type, values: Any, field: str = "") -> Any:
         and f.default_factory is dataclasses.MISSING
     ]
     if missing:
-        raise ValueError(f"{cls.__name__} lacks {', '.join(missing)}.")
+        raise BadValue(f"{cls.__name__} lacks {', '.join(missing)}.")
     return cls(**values)
 
 
@@ -119,7 +161,7 @@ def override(settings: Any, changes: Mapping[str, Any]) -> Any:
         head, _, rest = key.partition(".")
         if head not in _hints(cls):
             names = ", ".join(sorted(_hints(cls)))
-            raise ValueError(f"{cls.__name__} has no setting {head!r}; it has {names}.")
+            raise BadValue(f"{cls.__name__} has no setting {head!r}; it has {names}.")
         if rest:
             nested.setdefault(head, {})[rest] = value
         else:
@@ -137,8 +179,26 @@ def to_json(settings: Any) -> str:
 
 
 def from_json(cls: type, text: str) -> Any:
-    """The settings object of class `cls` that `to_json` wrote; ValueError on unknown keys."""
-    return build(cls, json.loads(text))
+    """The settings object of class `cls` that `to_json` wrote; BadValue on unknown keys."""
+    try:
+        values = json.loads(text)
+    except ValueError as error:
+        raise BadValue(f"{cls.__name__} is not JSON: {first_line(error)}.") from error
+    return build(cls, values)
+
+
+def differences(old: Any, new: Any, leave_out: tuple[str, ...] = ()) -> list[str]:
+    """What differs between two settings of one class, as "NAME is NEW and was OLD"."""
+    found = []
+    for field in dataclasses.fields(old):
+        before, after = getattr(old, field.name), getattr(new, field.name)
+        if field.name in leave_out or before == after:
+            continue
+        if dataclasses.is_dataclass(before) and type(before) is type(after):
+            found += [f"{field.name}.{inner}" for inner in differences(before, after)]
+        else:
+            found.append(f"{field.name} is {after!r} and was {before!r}")
+    return found
 
 
 def digest(settings: Any) -> str:

@@ -61,6 +61,30 @@ class Corpus:
     warnings: tuple[str, ...] = ()
     """What a run should report."""
 
+    @property
+    def domains(self) -> tuple[str, ...]:
+        """Names of the domains."""
+        return tuple(self.documents["train"])
+
+    def read(self) -> Iterator[tuple[str, str, str]]:
+        """(split, domain, text) of every document."""
+        for split, domains in self.documents.items():
+            for domain, texts in domains.items():
+                for text in texts:
+                    yield split, domain, text
+
+    def sample(self, budget: int) -> list[str]:
+        """Training documents, an equal share of `budget` characters from every domain."""
+        texts = []
+        for documents in self.documents["train"].values():
+            left = budget // len(self.domains)
+            for i in Random(0).sample(range(len(documents)), len(documents)):
+                texts.append(documents[i])
+                left -= len(documents[i])
+                if left <= 0:
+                    break
+        return texts
+
 
 def procedural(seed: int) -> Corpus:
     """Arithmetic and facts alone: small, quick, and the same on every Python."""

@@ -1,30 +1,34 @@
-"""Text to rows of tokens: a tokenizer, document packing, one global order of rows.
+"""Text to tokens on disk, rows of them, and what a run needs of both.
 
 Everything is numpy; the training loop turns a `Batch` into tensors.
 """
 
+import contextlib
 import hashlib
 import json
 import os
-import random
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import IO, Literal, NamedTuple
 
 import numpy as np
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from trinity_lib.config import check, require
-from trinity_lib.corpus import Corpus
+from trinity_lib import corpus, tokenizer
+from trinity_lib.config import BadValue, check, require
+from trinity_lib.progress import counted
+from trinity_lib.sources import HUB, Files, Hub, Source, Texts, held_out
+from trinity_lib.tokenizer import Vocabulary
 
 IGNORE = -1
 """Target of a position with nothing to predict; document of padding."""
-BEGIN, END = "<|begin|>", "<|end|>"
-SAMPLE_BYTES = 4_000_000
-"""Training text the tokenizer is trained on, at most."""
+AT_ONCE = 64
+"""Documents tokenised together."""
+MOST_OPEN = 10_000_000
+STREAM_LIMIT = 100_000
+"""Documents of a stream that are read for validation or a tokenizer, at most."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +37,12 @@ class DataConfig:
 
     corpus: Literal["embedded", "procedural"] = "embedded"
     """`embedded`: this Python's standard library and procedural text; or the latter alone."""
+    sources: tuple[Source, ...] = ()
+    """The user's own text, in place of `corpus`; a domain each."""
+    tokenizer: str = ""
+    """A tokenizer.json or its folder; empty trains one on the text."""
+    validation_share: int = 10
+    """One part in this many of the user's text is held out."""
     sequence_length: int
     """Tokens in a packed row."""
     rsdb: int = 0
@@ -42,11 +52,16 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         check(self)
-        length = self.sequence_length
+        length, share = self.sequence_length, self.validation_share
         require(length >= 2, "data.sequence_length", length, "at least 2")
-        require(self.rsdb >= 0, "data.rsdb", self.rsdb, "0 (off) or a number of documents")
+        require(share >= 2, "data.validation_share", share, "at least 2")
+        open_ones = 0 <= self.rsdb <= MOST_OPEN
+        right = f"0 (off) or a number of documents up to {MOST_OPEN:,}"
+        require(open_ones, "data.rsdb", self.rsdb, right)
         rows = self.validation_rows
         require(rows >= 1, "data.validation_rows", rows, "at least 1")
+        names = [source.name for source in self.sources]
+        require(len(set(names)) == len(names), "data.sources", names, "sources of unlike names")
 
 
 class Documents(NamedTuple):
@@ -67,6 +82,17 @@ class Documents(NamedTuple):
         return self.tokens[start : self.ends[index]]
 
 
+class Streamed(NamedTuple):
+    """A training domain that is tokenised as it arrives."""
+
+    hub: Hub
+    """Where documents come from."""
+    vocabulary: Vocabulary
+    """What makes tokens of them."""
+    share: int
+    """One document in this many is validation's, and is passed over."""
+
+
 class Batch(NamedTuple):
     """Packed rows. Every token of a document is an input once and a target at most once."""
 
@@ -78,222 +104,179 @@ class Batch(NamedTuple):
     """Number of the piece of document within the row, int64; IGNORE for padding."""
 
 
-def train_tokenizer(texts: Sequence[str], vocab_size: int) -> Tokenizer:
-    """Byte-level BPE with isolated digits; the same texts give the same tokenizer."""
-    tokenizer = Tokenizer(models.BPE())
-    digits = pre_tokenizers.Digits(individual_digits=True)
-    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, byte_level])
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=[BEGIN, END],
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(texts, trainer)
-    return tokenizer
+class Loaded(NamedTuple):
+    """The data of a run, before its order."""
+
+    vocabulary: Vocabulary
+    """The tokenizer and its marks."""
+    train: dict[str, Documents | Streamed]
+    """Training documents by domain."""
+    validation: dict[str, Documents]
+    """Held-out documents by domain."""
+    sha256: str
+    """Hash of the text (of a stream: its address)."""
+    warnings: tuple[str, ...]
+    """What the run should report."""
+
+    @property
+    def summary(self) -> str:
+        """Documents and tokens by split and domain, as JSON for the run file."""
+        sizes: dict[str, dict[str, list[int] | str]] = {"train": {}, "validation": {}}
+        for split, domains in (("train", self.train), ("validation", self.validation)):
+            for name, each in domains.items():
+                if isinstance(each, Documents):
+                    sizes[split][name] = [len(each), len(each.tokens)]
+                else:
+                    sizes[split][name] = "streamed"
+        return json.dumps(sizes)
 
 
-def tokenizer_for(corpus: Corpus, vocab_size: int, cache: Path) -> Tokenizer:
-    """The corpus's own tokenizer of `vocab_size` entries, trained once and cached.
+def load(config: DataConfig, vocab_size: int, cache: Path) -> Loaded:
+    """Read, tokenise (once, into `cache`) and split what a run trains on.
 
-    Raises ValueError where the text does not yield that many entries.
+    Raises Missing and BadValue for files that are not there, are no text, hold nothing, or
+    need more than `vocab_size` entries.
     """
-    file = cache / f"tokenizer-{vocab_size}-{corpus.sha256[:12]}.json"
-    if file.exists():
-        return Tokenizer.from_file(str(file))
-    print(f"training a tokenizer of {vocab_size} entries, once: {file}", flush=True)
-    tokenizer = train_tokenizer(_sample(corpus), vocab_size)
-    if tokenizer.get_vocab_size() != vocab_size:
-        raise ValueError(
-            f"vocab_size is {vocab_size}; it must be at most {tokenizer.get_vocab_size()}, "
-            "what this corpus yields, and at least 258."
+    local = tuple(s for s in config.sources if not s.path.startswith(HUB))
+    hubs = {s.name: Hub(s) for s in config.sources if s.path.startswith(HUB)}
+    texts: Texts | None = None
+    if local:
+        texts = Files(local, config.validation_share)
+    elif not hubs:
+        procedural = config.corpus == "procedural"
+        texts = corpus.procedural(0) if procedural else corpus.embedded(cache)
+    warnings = list(texts.warnings) if texts else []
+    address = "".join(f"{hub.source.path} {hub.source.field}\n" for hub in hubs.values())
+    digest = hashlib.sha256(address.encode() + (texts.sha256.encode() if texts else b""))
+    sha256 = digest.hexdigest() if hubs else texts.sha256 if texts else ""
+    vocabulary = _vocabulary(config, vocab_size, texts, hubs, cache)
+    if vocabulary.end is None:
+        warnings.append(
+            "the tokenizer has no end mark that is known by its name: documents are told "
+            "apart by masks alone, and a model trained on them cannot end one."
         )
-    cache.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_suffix(f".{os.getpid()}")
-    tokenizer.save(str(temporary))
-    os.replace(temporary, file)
-    return tokenizer
+    train: dict[str, Documents | Streamed] = {}
+    validation: dict[str, Documents] = {}
+    if texts:
+        made = tokenised(texts, vocabulary, cache)
+        train |= made["train"]
+        validation |= made["validation"]
+    for name, hub in hubs.items():
+        train[name] = streamed = Streamed(hub, vocabulary, config.validation_share)
+        validation[name] = _streamed_validation(streamed, config)
+    order = [s.name for s in config.sources] or list(train)
+    return Loaded(
+        vocabulary,
+        {name: train[name] for name in order},
+        {name: validation[name] for name in order},
+        sha256,
+        tuple(warnings),
+    )
 
 
-def _sample(corpus: Corpus) -> list[str]:
-    """Training documents, an equal share of SAMPLE_BYTES from every domain."""
-    texts = []
-    for documents in corpus.documents["train"].values():
-        left = SAMPLE_BYTES // len(corpus.documents["train"])
-        for i in random.Random(0).sample(range(len(documents)), len(documents)):
-            texts.append(documents[i])
-            left -= len(documents[i])
-            if left <= 0:
-                break
-    return texts
+def _vocabulary(
+    config: DataConfig,
+    vocab_size: int,
+    texts: Texts | None,
+    hubs: Mapping[str, Hub],
+    cache: Path,
+) -> Vocabulary:
+    if config.tokenizer:
+        vocabulary = tokenizer.load(Path(config.tokenizer))
+        if vocabulary.size > vocab_size:
+            raise BadValue(
+                f"tokenizer {config.tokenizer} has {vocabulary.size:,} entries; the model's "
+                f"vocabulary is {vocab_size:,}."
+            )
+        return vocabulary
+    if texts is None:
+        right = "the path of a tokenizer.json, where all text is streamed"
+        require(False, "tokenizer", config.tokenizer, right)
+        raise AssertionError
+    return tokenizer.of_corpus(texts, vocab_size, cache)
 
 
-def sha256(tokenizer: Tokenizer) -> str:
-    """SHA-256 of a tokenizer's JSON."""
-    return hashlib.sha256(tokenizer.to_str().encode()).hexdigest()
+def _streamed_validation(domain: Streamed, config: DataConfig) -> Documents:
+    """The first held-out documents of a stream, enough for the rows that are evaluated."""
+    enough = config.validation_rows * config.sequence_length
+    pieces: list[np.ndarray] = []
+    found = 0
+    known = counted(domain.hub.documents(), "reading the stream's validation", "document")
+    for number, text in enumerate(known):
+        if found >= enough or number == STREAM_LIMIT:
+            break
+        if text.strip() and held_out(text, domain.share):
+            (tokens,) = domain.vocabulary.encode([text])
+            pieces.append(tokens)
+            found += len(tokens)
+    lengths = np.array([len(p) for p in pieces], dtype=np.int64)
+    return Documents(np.concatenate([np.zeros(0, np.int32), *pieces]), lengths.cumsum())
 
 
 def tokenised(
-    corpus: Corpus, tokenizer: Tokenizer, cache: Path
+    texts: Texts, vocabulary: Vocabulary, cache: Path
 ) -> dict[str, dict[str, Documents]]:
-    """Split -> domain -> tokenised documents, cached under corpus and tokenizer."""
-    folder = cache / f"tokens-{corpus.sha256[:12]}-{sha256(tokenizer)[:12]}"
+    """Split -> domain -> documents, mapped from a folder of `cache` made once."""
+    marks = f"{vocabulary.begin} {vocabulary.end} {vocabulary.sha256}"
+    known_by = hashlib.sha256(marks.encode()).hexdigest()
+    folder = cache / f"tokenised-{texts.sha256[:12]}-{known_by[:12]}"
     if not folder.exists():
         temporary = folder.with_name(f"{folder.name}.{os.getpid()}.{time.time_ns()}")
         temporary.mkdir(parents=True)
-        for split, domains in corpus.documents.items():
-            for domain, texts in domains.items():
-                documents = tokenise(texts, tokenizer)
-                np.save(temporary / f"{split}-{domain}.tokens.npy", documents.tokens)
-                np.save(temporary / f"{split}-{domain}.ends.npy", documents.ends)
         try:
+            _tokenise(texts, vocabulary, temporary)
             temporary.rename(folder)
         except OSError:
-            if not folder.exists():
+            if not folder.exists():  # else another process finished the same work first
                 raise
-            shutil.rmtree(temporary)  # another process finished the same work first
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
     return {
-        split: {
-            domain: Documents(
-                np.load(folder / f"{split}-{domain}.tokens.npy"),
-                np.load(folder / f"{split}-{domain}.ends.npy"),
-            )
-            for domain in domains
-        }
-        for split, domains in corpus.documents.items()
+        split: {domain: _mapped(folder / f"{split}-{domain}") for domain in texts.domains}
+        for split in corpus.SPLITS
     }
 
 
-def tokenise(texts: Sequence[str], tokenizer: Tokenizer) -> Documents:
-    """Each text as begin mark, tokens, end mark."""
-    begin, end = tokenizer.token_to_id(BEGIN), tokenizer.token_to_id(END)
-    pieces = [[begin, *e.ids, end] for e in tokenizer.encode_batch(list(texts))]
-    lengths = np.array([len(p) for p in pieces], dtype=np.int64)
-    flat = [np.asarray(p, dtype=np.int32) for p in pieces]
-    return Documents(np.concatenate(flat or [np.zeros(0, np.int32)]), lengths.cumsum())
+def _tokenise(texts: Texts, vocabulary: Vocabulary, folder: Path) -> None:
+    """Write every domain's tokens and ends, a few documents at a time."""
+    waiting: dict[str, list[str]] = {
+        f"{split}-{domain}": [] for split in corpus.SPLITS for domain in texts.domains
+    }
+    with contextlib.ExitStack() as stack:
+        files = {
+            name: tuple(
+                stack.enter_context((folder / f"{name}.{kind}").open("wb"))
+                for kind in ("tokens", "lengths")
+            )
+            for name in waiting
+        }
+        for split, domain, text in counted(texts.read(), "tokenising", "document"):
+            name = f"{split}-{domain}"
+            waiting[name].append(text)
+            if len(waiting[name]) == AT_ONCE:
+                _write(files[name], vocabulary, waiting[name])
+                waiting[name] = []
+        for name, left in waiting.items():
+            _write(files[name], vocabulary, left)
 
 
-class Stream:
-    """An endless order of documents over domains, by a mixture of token shares.
-
-    The domain furthest behind its share comes next, so that the mixture holds at every
-    moment; a domain's documents come in a seeded shuffle, a fresh one every epoch.
-    """
-
-    def __init__(self, domains: Mapping[str, Documents], seed: int) -> None:
-        self.domains = dict(domains)
-        self.random = {name: np.random.default_rng([seed, i]) for i, name in enumerate(domains)}
-        self.order = {name: np.zeros(0, np.int64) for name in domains}
-        self.taken = dict.fromkeys(domains, 0)
-        self.epoch = dict.fromkeys(domains, 0)
-        self.issued = dict.fromkeys(domains, 0)
-        self.mixture: dict[str, float] = {}
-
-    def mix(self, mixture: Mapping[str, float]) -> None:
-        """Set the shares; ValueError names a domain there is none of."""
-        for name in mixture:
-            right = f"made of {', '.join(self.domains)}"
-            require(name in self.domains, "mixture", name, right)
-        positive = {name: share for name, share in mixture.items() if share > 0}
-        total = sum(positive.values())
-        self.mixture = {name: share / total for name, share in positive.items()}
-        self.issued = dict.fromkeys(self.domains, 0)
-
-    def next(self) -> np.ndarray:
-        """Tokens of the next document."""
-        name = min(self.mixture, key=lambda n: self.issued[n] / self.mixture[n])
-        if self.taken[name] == len(self.order[name]):
-            self.order[name] = self.random[name].permutation(len(self.domains[name]))
-            self.taken[name] = 0
-            self.epoch[name] += 1
-        tokens = self.domains[name].document(int(self.order[name][self.taken[name]]))
-        self.taken[name] += 1
-        self.issued[name] += len(tokens)
-        return tokens
+def _write(files: tuple[IO[bytes], ...], vocabulary: Vocabulary, texts: list[str]) -> None:
+    documents = [tokens for tokens in vocabulary.encode(texts) if len(tokens)]
+    tokens, lengths = files
+    for document in documents:
+        tokens.write(document.tobytes())
+    lengths.write(np.array([len(d) for d in documents], dtype=np.int64).tobytes())
 
 
-class Rows:
-    """The one global order of packed rows.
-
-    With `rsdb` 0 documents are packed one after another. Otherwise they go through a
-    Random Sequential Document Buffer (technical report, section 3.3.2): a row is filled
-    from the read head of a uniformly random open document until the row is full or the
-    document ends, then from another; the buffer holds up to 2 * rsdb documents and is
-    refilled when `rsdb` are left. No token is dropped.
-    """
-
-    def __init__(self, stream: Stream, sequence_length: int, rsdb: int, seed: int) -> None:
-        self.stream, self.length, self.rsdb = stream, sequence_length, rsdb
-        self.random = np.random.default_rng([seed, 1_000_003])
-        self.open: list[tuple[np.ndarray, int]] = []
-
-    def batch(self, rows: int) -> Batch:
-        """The next `rows` rows."""
-        shape = (rows, self.length)
-        batch = Batch(*(np.full(shape, IGNORE, dtype=np.int64) for _ in Batch._fields))
-        for row in range(rows):
-            self._fill(batch, row)
-        return batch
-
-    def _fill(self, batch: Batch, row: int) -> None:
-        filled = piece = 0
-        while filled < self.length:
-            if len(self.open) <= self.rsdb:
-                self.open += [
-                    (self.stream.next(), 0)
-                    for _ in range(max(1, 2 * self.rsdb) - len(self.open))
-                ]
-            chosen = int(self.random.integers(len(self.open))) if self.rsdb else 0
-            tokens, head = self.open[chosen]
-            stop = min(len(tokens), head + self.length - filled)
-            place(batch, row, filled, piece, tokens, head, stop)
-            filled += stop - head
-            piece += 1
-            if stop == len(tokens):
-                self.open.pop(chosen)
-            else:
-                self.open[chosen] = (tokens, stop)
+def _mapped(stem: Path) -> Documents:
+    tokens = stem.with_name(f"{stem.name}.tokens")
+    lengths = np.fromfile(stem.with_name(f"{stem.name}.lengths"), dtype=np.int64)
+    if not len(lengths):
+        return Documents(np.zeros(0, np.int32), lengths)
+    return Documents(np.memmap(tokens, dtype=np.int32, mode="r"), lengths.cumsum())
 
 
-def place(
-    batch: Batch, row: int, at: int, piece: int, tokens: np.ndarray, head: int, stop: int
-) -> None:
-    """Copy `tokens[head:stop]` into a row at position `at`, with targets and piece number."""
-    where = slice(at, at + stop - head)
-    batch.tokens_BS[row, where] = tokens[head:stop]
-    batch.documents_BS[row, where] = piece
-    targets = tokens[head + 1 : stop + 1]
-    batch.targets_BS[row, at : at + len(targets)] = targets
-
-
-def validation_rows(documents: Documents, length: int, rows: int, seed: int) -> Batch:
-    """The first `rows` full rows of a domain's shuffled validation documents.
-
-    ValueError where there is not one full row.
-    """
-    rows = min(rows, len(documents.tokens) // length)
-    if rows == 0:
-        raise ValueError(
-            f"a validation domain has {len(documents.tokens)} tokens; it needs at least "
-            f"one row of {length}."
-        )
-    stream = Stream({"validation": documents}, seed)
-    stream.mix({"validation": 1.0})
-    return Rows(stream, length, 0, seed).batch(rows)
-
-
-def target_bytes(batch: Batch, tokenizer: Tokenizer) -> bytes:
+def target_text(batch: Batch, vocabulary: Vocabulary) -> bytes:
     """The text that the batch's targets spell, as UTF-8 (marks spell nothing)."""
     rows = [row[row != IGNORE].tolist() for row in batch.targets_BS]
-    return "".join(tokenizer.decode_batch(rows, skip_special_tokens=True)).encode()
-
-
-def describe(documents: Mapping[str, Mapping[str, Documents]]) -> str:
-    """Documents and tokens by split and domain, as JSON for the run file."""
-    sizes = {
-        split: {name: [len(d), len(d.tokens)] for name, d in domains.items()}
-        for split, domains in documents.items()
-    }
-    return json.dumps(sizes)
+    return "".join(vocabulary.decode(rows)).encode()

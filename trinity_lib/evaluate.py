@@ -6,13 +6,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from tokenizers import Tokenizer
 
 from trinity_lib.balance import load
-from trinity_lib.data import IGNORE, Batch, target_bytes
+from trinity_lib.config import BadValue
+from trinity_lib.data import IGNORE, Batch, target_text
 from trinity_lib.losses import token_loss
 from trinity_lib.metrics import load_entropy
 from trinity_lib.model import Trinity
+from trinity_lib.tokenizer import Vocabulary
 
 ROWS_AT_ONCE = 8
 
@@ -30,9 +31,14 @@ class Domain(NamedTuple):
     """Entropy of the targets' own frequencies, nats: no unigram model does better."""
 
 
-def domain(batch: Batch, tokenizer: Tokenizer) -> Domain:
-    """Measure a domain's rows once."""
-    text = target_bytes(batch, tokenizer)
+def domain(name: str, batch: Batch, vocabulary: Vocabulary) -> Domain:
+    """Measure a domain's rows once; BadValue where the tokenizer makes nothing of them."""
+    text = target_text(batch, vocabulary)
+    if not text:
+        raise BadValue(
+            f"the tokenizer spells nothing of {name!r}'s validation text; it must be one "
+            "that covers this text."
+        )
     counts = np.bincount(batch.targets_BS[batch.targets_BS != IGNORE])
     packed = 8 * len(gzip.compress(text, compresslevel=9, mtime=0)) / len(text)
     return Domain(batch, len(text), packed, float(load_entropy(counts)))

@@ -1,6 +1,7 @@
 """A run from a notebook's parameters: checked first, then put where it fits."""
 
 import ast
+import dataclasses
 import inspect
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -10,10 +11,30 @@ import torch
 import xarray as xr
 from IPython import get_ipython
 
-from trinity_lib import recipes
-from trinity_lib.config import convert, override, require
-from trinity_lib.session import RunConfig
+from trinity_lib import checkpoint, recipes, resume, sources, tokenizer
+from trinity_lib.config import BadValue, Missing, convert, override, require
+from trinity_lib.record import ROOT
+from trinity_lib.run import RunConfig
 from trinity_lib.train import RUNS, train
+
+SETTINGS = {
+    "seed": "seed",
+    "balance": "balance.method",
+    "balance_rate": "balance.rate",
+    "num_experts": "model.router.num_experts",
+    "top_k": "model.router.top_k",
+    "optimizer": "optim.optimizer",
+    "rsdb": "data.rsdb",
+    "micro_batches": "micro_batches",
+    "recompute": "recompute",
+    "threads": "threads",
+    "device": "device",
+    "vocab_size": "model.vocab_size",
+    "checkpoint_every": "checkpoint_every",
+    "record_choices": "record_choices",
+    "name": "name",
+}
+"""Parameters that are one setting each."""
 
 
 def configure(
@@ -21,6 +42,10 @@ def configure(
     scale: str = "toy",
     steps: int | None = None,
     seed: int = 0,
+    data: str | None = None,
+    text_field: str | None = None,
+    tokenizer: str | None = None,
+    vocab_size: int | None = None,
     balance: str | None = None,
     balance_rate: float | None = None,
     num_experts: int | None = None,
@@ -30,6 +55,11 @@ def configure(
     rsdb: int | None = None,
     micro_batches: int | None = None,
     recompute: bool | None = None,
+    init: str | None = None,
+    replay: str | None = None,
+    record_choices: bool | None = None,
+    checkpoint_every: int | None = None,
+    resume: bool = False,
     threads: int | None = None,
     device: str | None = None,
     name: str = "",
@@ -37,33 +67,23 @@ def configure(
     """The run that a notebook's parameters describe; None takes the scale's own value.
 
     `learning_rate` is the peak of Muon (of AdamW under `optimizer="adamw"`); other rates
-    keep their ratio to it. ValueError, one sentence, for a parameter that is unknown to
-    this call (papermill only warns of it), of another type, or out of range.
+    keep their ratio to it. Relative paths are looked for from the repository's root, then
+    from the current folder. With `resume` the result is the run to go on with. A Refusal,
+    one sentence, for a parameter that is unknown to this call (papermill only warns of
+    it), of another type, out of range, or a file that cannot be used.
     """
     given = _converted(locals())
     refuse_unknown(given)
     require(scale in recipes.SCALES, "scale", scale, f"one of {', '.join(recipes.SCALES)}")
     config = recipes.SCALES[scale]()
-    if scale not in recipes.EMBEDDED:
-        raise ValueError(
-            f"scale {scale!r} needs text and a tokenizer of {config.model.vocab_size:,} "
+    published = scale not in recipes.EMBEDDED
+    if published and not (given["data"] and (given["tokenizer"] or given["init"])):
+        raise BadValue(
+            f"scale {scale!r} needs data and a tokenizer of {config.model.vocab_size:,} "
             f"entries; the embedded corpus serves {' and '.join(recipes.EMBEDDED)}."
         )
-    paths = {
-        "seed": "seed",
-        "balance": "balance.method",
-        "balance_rate": "balance.rate",
-        "num_experts": "model.router.num_experts",
-        "top_k": "model.router.top_k",
-        "optimizer": "optim.optimizer",
-        "rsdb": "data.rsdb",
-        "micro_batches": "micro_batches",
-        "recompute": "recompute",
-        "threads": "threads",
-        "device": "device",
-        "name": "name",
-    }
-    changes = {path: given[p] for p, path in paths.items() if given[p] is not None}
+    changes = {path: given[p] for p, path in SETTINGS.items() if given[p] is not None}
+    changes |= _text(config, given, published)
     config = override(config, changes)
     if given["learning_rate"] is not None:
         config = override(config, _rates(config, given["learning_rate"]))
@@ -73,12 +93,86 @@ def configure(
         require(
             torch.cuda.is_available(), "device", "cuda", "cpu: this machine has no CUDA GPU"
         )
-    return config
+    return _to_resume(config, given)
 
 
-def run(config: RunConfig) -> xr.DataTree:
+def run(config: RunConfig, *, resume: bool = False) -> xr.DataTree:
     """Train here and return the finished run."""
-    return train(config)
+    return train(config, resumes=convert(bool, resume, "resume"))
+
+
+def _to_resume(config: RunConfig, given: Mapping[str, Any]) -> RunConfig:
+    if not given["resume"]:
+        return config
+    return resume.find(config, RUNS, own_steps=given["steps"] is None)
+
+
+def _text(config: RunConfig, given: Mapping[str, Any], published: bool) -> dict[str, Any]:
+    """Changes for the user's own text, tokenizer, first weights and recorded choices."""
+    changes: dict[str, Any] = {}
+    folders = tuple(dict.fromkeys((ROOT, Path.cwd())))
+    field = given["text_field"]
+    if given["data"]:
+        found, weights = sources.parse(given["data"], field or "text", folders)
+        for source in found:
+            if not source.path.startswith(sources.HUB):
+                sources.files_of(source)
+        changes["data.sources"] = found
+        changes["phases"] = _mixed(config, weights)
+    else:
+        require(given["data"] is None, "data", given["data"], "a path, or left out")
+        require(field is None, "text_field", field, "left out where there is no data")
+    if given["init"]:
+        folder = _located("init", given["init"], folders)
+        shape = checkpoint.model_config(folder)
+        changes |= {"init": str(folder), "data.tokenizer": str(folder)}
+        changes["model.vocab_size"] = given["vocab_size"] or shape.vocab_size
+    if given["tokenizer"]:
+        path = _located("tokenizer", given["tokenizer"], folders)
+        changes["data.tokenizer"] = str(path)
+        if not given["init"]:
+            size = _entries(path, config.model.vocab_size, given["vocab_size"], published)
+            changes["model.vocab_size"] = size
+    if given["replay"]:
+        changes["replay"] = str(_located("replay", given["replay"], folders))
+    return changes
+
+
+def _mixed(config: RunConfig, weights: Mapping[str, tuple[float, ...]]) -> tuple:
+    """The phases with every source's weight."""
+    phases = config.phases
+    for name, each in weights.items():
+        right = f"one number, or one for each of the {len(phases)} phases"
+        require(len(each) in (1, len(phases)), f"data weight of {name}", each, right)
+    return tuple(
+        dataclasses.replace(
+            phase,
+            mixture={name: each[i % len(each)] for name, each in weights.items()},
+        )
+        for i, phase in enumerate(phases)
+    )
+
+
+def _entries(path: Path, vocabulary: int, asked: int | None, published: bool) -> int:
+    """The model's vocabulary under a tokenizer: the tokenizer's, or a published model's."""
+    size = tokenizer.load(path).size
+    if published:
+        fits = 0.99 * vocabulary <= size <= vocabulary  # embeddings are padded a little
+        right = f"a tokenizer of the model's vocabulary, {vocabulary:,} entries, not {size:,}"
+        require(fits, "tokenizer", str(path), right)
+        return vocabulary
+    right = f"the tokenizer's own {size:,} entries, or left out"
+    require(asked in (None, size), "vocab_size", asked, right)
+    return size
+
+
+def _located(parameter: str, path: str, folders: Iterable[Path]) -> Path:
+    tried = [folder / Path(path).expanduser() for folder in folders]
+    for candidate in tried:
+        if candidate.exists() or candidate.with_suffix("").is_dir():
+            return candidate
+    places = " or ".join(dict.fromkeys(str(candidate.parent) for candidate in tried))
+    raise Missing(f"{parameter} is {path!r}; nothing is there (looked in {places}).")
 
 
 def _rates(config: RunConfig, peak: float) -> dict[str, float]:
@@ -97,10 +191,10 @@ def _converted(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def refuse_unknown(known: Iterable[str]) -> None:
-    """ValueError for a parameter that papermill injected and the notebook does not have."""
+    """BadValue for a parameter that papermill injected and the notebook does not have."""
     for name in injected():
         if name not in known:
-            raise ValueError(
+            raise BadValue(
                 f"there is no parameter {name!r}; this notebook has {', '.join(known)}."
             )
 
@@ -122,11 +216,12 @@ def describe(config: RunConfig) -> str:
     """One line on what is about to run."""
     model, router = config.model, config.model.router
     steps = sum(config.steps)
+    text = ", ".join(source.path for source in config.data.sources) or config.data.corpus
     return (
         f"{config.scale}: {router.num_experts} experts, top-{router.top_k}, "
         f"{model.num_layers} layers, {steps} steps of {config.phases[0].batch} x "
         f"{config.data.sequence_length} tokens, {config.optim.optimizer}, "
-        f"balance {config.balance.method} at {config.balance.rate:g}"
+        f"balance {config.balance.method} at {config.balance.rate:g}, text: {text}"
     )
 
 

@@ -1,7 +1,7 @@
 """Muon for matrices, AdamW for the rest, and a schedule made of phases."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -282,3 +282,37 @@ def set_rate(optimizers: Iterable[torch.optim.Optimizer], share: float) -> None:
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * share
+
+
+def state_bytes(optimizers: Iterable[torch.optim.Optimizer]) -> int:
+    """Bytes of the optimisers' state once they have stepped: Muon's momentum, AdamW's two."""
+    return sum(
+        p.numel() * p.element_size() * (1 if isinstance(optimizer, Muon) else 2)
+        for optimizer in optimizers
+        for group in optimizer.param_groups
+        for p in group["params"]
+    )
+
+
+def state_tensors(model: Trinity, optimizers: Iterable[torch.optim.Optimizer]) -> dict:
+    """Every tensor of the optimisers' state, named by optimiser, key and parameter."""
+    names = {id(p): name for name, p in model.named_parameters()}
+    return {
+        f"optimizer.{i}.{key}.{names[id(p)]}": value
+        for i, optimizer in enumerate(optimizers)
+        for p, state in optimizer.state.items()
+        for key, value in state.items()
+    }
+
+
+def load_state_tensors(
+    model: Trinity, optimizers: Iterable[torch.optim.Optimizer], tensors: Mapping[str, Tensor]
+) -> None:
+    """Put back what `state_tensors` gave; each value goes where its parameter is."""
+    parameters = dict(model.named_parameters())
+    every = list(optimizers)
+    for name, value in tensors.items():
+        if name.startswith("optimizer."):
+            _, i, key, parameter = name.split(".", 3)
+            p = parameters[parameter]
+            every[int(i)].state[p][key] = value.to(p.device)

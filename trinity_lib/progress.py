@@ -2,20 +2,44 @@
 
 import sys
 import time
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
 
 from tqdm import tqdm
+
+PATIENCE = 2.0
+"""Seconds before a loop says anything."""
+LINE_SECONDS = 10.0
+"""Seconds between its lines where there is no terminal."""
+
+Item = TypeVar("Item")
+
+
+def counted(items: Iterable[Item], what: str, unit: str) -> Iterator[Item]:
+    """The same items; a loop over them that takes more than two seconds says how far it is."""
+    if sys.stderr.isatty():
+        yield from tqdm(items, desc=what, unit=unit, delay=PATIENCE)
+        return
+    total = f" of {len(items)}" if isinstance(items, list | tuple) else ""
+    due = time.monotonic() + PATIENCE
+    for count, item in enumerate(items):
+        if time.monotonic() > due:
+            print(f"{what}: {count:,}{total} {unit}s", flush=True)
+            due = time.monotonic() + LINE_SECONDS
+        yield item
 
 
 class Progress:
     """Counts steps; call `step` after each, `note` for what should stay on the screen."""
 
-    def __init__(self, total: int, every: int, name: str) -> None:
-        self.total, self.every, self.done = total, every, 0
+    def __init__(self, total: int, every: int, name: str, done: int = 0) -> None:
+        self.total, self.every, self.done, self.before = total, every, done, done
         self.begun = time.monotonic()
         terminal = sys.stderr.isatty()
-        self.bar = tqdm(total=total, desc=name, unit="step") if terminal else None
+        self.bar = tqdm(total=total, desc=name, unit="step", initial=done) if terminal else None
         if self.bar is None:
-            print(f"{name}: {total} steps", flush=True)
+            begun = f", from step {done}" if done else ""
+            print(f"{name}: {total} steps{begun}", flush=True)
 
     def step(self, *facts: str) -> None:
         """One step is done; `facts` describe it."""
@@ -24,7 +48,7 @@ class Progress:
             self.bar.set_postfix_str("  ".join(facts), refresh=False)
             self.bar.update()
         elif self.done % self.every == 0 or self.done == self.total:
-            pace = (time.monotonic() - self.begun) / self.done
+            pace = (time.monotonic() - self.begun) / (self.done - self.before)
             left = pace * (self.total - self.done)
             count = f"step {self.done:>{len(str(self.total))}}/{self.total}"
             print(

@@ -15,7 +15,7 @@ from trinity_lib.data import DataConfig
 from trinity_lib.model import ModelConfig, count_parameters
 from trinity_lib.optim import OptimConfig, Phase, phase_steps
 from trinity_lib.routing import RouterConfig
-from trinity_lib.session import RunConfig
+from trinity_lib.run import RunConfig
 
 RAW = {"code": 0.35, "prose": 0.45, "arithmetic": 0.1, "facts": 0.1}
 """The first phase's mixture, the TrueBase's: mostly raw text."""
@@ -51,6 +51,7 @@ def toy() -> RunConfig:
         phases=_embedded_phases(batch=16, warmup=5),
         micro_batches=4,
         evaluate_every=35,
+        checkpoint_every=35,
         log_every=20,
     )
     return with_steps(config, 140)
@@ -155,6 +156,7 @@ def large() -> RunConfig:
             Phase(tokens=3 * 10**12, batch=16_384, shape="cosine", end=0.1),
         ),
         evaluate_every=1000,
+        checkpoint_every=1000,
         record_every=100,
     )
 
@@ -166,6 +168,7 @@ SCALES: dict[str, Callable[[], RunConfig]] = {
     "mini": mini,
     "large": large,
 }
+MOST_STEPS = 10_000_000
 EMBEDDED = ("toy", "small")
 """Scales whose tokenizer the embedded corpus can yield."""
 
@@ -175,7 +178,7 @@ def with_steps(config: RunConfig, steps: int) -> RunConfig:
 
     Batches stay at each phase's first size; a phase left with no step is dropped.
     """
-    require(steps >= 1, "steps", steps, "at least 1")
+    require(1 <= steps <= MOST_STEPS, "steps", steps, f"at least 1, at most {MOST_STEPS:,}")
     length = config.data.sequence_length
     old = [phase_steps(p, length) for p in config.phases]
     ends = [round(steps * sum(old[: i + 1]) / sum(old)) for i in range(len(old))]
@@ -223,6 +226,7 @@ def _published(scale: str, model: ModelConfig, adamw_rate: float) -> RunConfig:
         ),
         z_loss=0.0,
         evaluate_every=1000,
+        checkpoint_every=1000,
         record_every=100,
     )
 

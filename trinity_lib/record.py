@@ -5,15 +5,13 @@ temporary name, synced and renamed; at the end they become `runs/NAME.nc`. `open
 `open_runs` are the only ways in, and read either.
 """
 
-import contextlib
-import fcntl
 import importlib.metadata
 import json
 import os
 import platform
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from glob import glob
 from pathlib import Path
@@ -22,7 +20,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import xarray as xr
 
-SCHEMA_VERSION = "1"
+from trinity_lib import disk
+from trinity_lib.config import BadValue, Missing, Taken
+
+SCHEMA_VERSION = "2"
 ENGINE: Any = "h5netcdf"
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -42,6 +43,7 @@ class Variable(NamedTuple):
 
 _STEP, _LAYER = ("step",), ("step", "layer")
 _EXPERT, _DOMAIN = ("step", "layer", "expert"), ("step", "split", "domain")
+_CHOICE = ("step", "layer", "token", "choice")
 
 SCHEMA: dict[str, dict[str, Variable]] = {
     "train": {
@@ -72,6 +74,11 @@ SCHEMA: dict[str, dict[str, Variable]] = {
         "count": Variable(_EXPERT, "i8", "token", "tokens routed to the expert in this step"),
         "bias": Variable(_EXPERT, "f4", "1", "selection bias after the step"),
     },
+    "choices": {
+        "expert": Variable(
+            _CHOICE, "i2", "1", "expert chosen, by position in the step's batch; -1 for none"
+        ),
+    },
     "evaluation": {
         "loss": Variable(_DOMAIN, "f8", "nat", "cross entropy per token"),
         "bits_per_byte": Variable(_DOMAIN, "f8", "bit", "cross entropy per byte of text"),
@@ -87,43 +94,113 @@ SCHEMA: dict[str, dict[str, Variable]] = {
         ),
     },
 }
-"""Every group and variable of a run file; each group has its own `step`."""
+"""Every group and variable of a run file; each group has its own `step`.
+
+/choices is written where a run was asked to record its choices.
+"""
+
+
+class Claim:
+    """The right to write one run: taken before any work, gone with its process.
+
+    Raises Taken where the run is complete, was begun before and is not to be resumed, or
+    is being written by a living process; Missing where there is nothing to resume.
+    """
+
+    def __init__(self, folder: Path, *, resume: bool = False) -> None:
+        self.folder = folder
+        self.file = folder.with_name(folder.name + ".nc")
+        if resume and not folder.is_dir() and not self.file.exists():
+            raise Missing(f"There is no run {folder.name!r} to resume in {folder.parent}.")
+        self._refuse_complete()
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = disk.lock(folder / "lock")
+        if lock is None:
+            raise Taken(
+                f"The run {folder.name!r} is being written by a live process; choose another "
+                "name, or wait until it ends."
+            )
+        self._lock = lock
+        try:
+            self._refuse_complete()
+            self.begun = (folder / "run.json").exists() or any((folder / "log").glob("*.nc"))
+            if self.begun and not resume:
+                raise Taken(
+                    f"The run {folder.name!r} was begun before ({folder}); choose another "
+                    "name, or resume it."
+                )
+            disk.tidy(folder)
+            for torn in folder.parent.glob(f".{folder.name}.nc.*"):
+                torn.unlink()
+        except BaseException:
+            self.release()
+            raise
+
+    def release(self) -> None:
+        """Give the run up; a folder with nothing in it goes."""
+        (self.folder / "lock").unlink(missing_ok=True)
+        self._lock.close()
+        if not any(self.folder.iterdir()):
+            self.folder.rmdir()
+
+    def _refuse_complete(self) -> None:
+        if self.file.exists():
+            raise Taken(
+                f"The run {self.folder.name!r} is complete ({self.file}); choose another name."
+            )
 
 
 class Writer:
-    """The only writer of one run; a second is refused while it lives.
+    """The only writer of one run.
 
-    `coordinates` gives the labels of layer, expert, split and domain. Values arrive with
-    `append` and reach the disk with `flush`.
+    `coordinates` gives the labels of every dimension but step. Values arrive with `append`
+    and reach the disk with `flush`. To go on with a run that was begun before, `resume_at`
+    is the step of the checkpoint it goes on from (0: from the start): attributes stay,
+    shards past that step are dropped. Without a `claim` the run is claimed here.
     """
 
     def __init__(
-        self, folder: Path, attributes: Mapping[str, Any], coordinates: Mapping[str, Any]
+        self,
+        folder: Path,
+        attributes: Mapping[str, Any],
+        coordinates: Mapping[str, Any],
+        *,
+        claim: Claim | None = None,
+        resume_at: int | None = None,
     ) -> None:
-        self.folder, self.log = folder, folder / "log"
-        self.file = folder.with_name(folder.name + ".nc")
-        if self.file.exists():
-            raise FileExistsError(
-                f"The run {folder.name!r} is complete ({self.file}); choose another name."
-            )
-        self.log.mkdir(parents=True, exist_ok=True)
-        self._lock = _lock(folder)
-        if any(self.log.glob("*.nc")):
-            self._lock.close()
-            raise FileExistsError(
-                f"The run {folder.name!r} was begun before ({folder}); choose another name."
-            )
-        self.attributes = dict(attributes)
+        self.claim = claim or Claim(folder)
+        self.folder, self.file, self.log = folder, self.claim.file, folder / "log"
+        self.log.mkdir(exist_ok=True)
         self.coordinates = {name: np.asarray(v) for name, v in coordinates.items()}
-        self._shards = 0
         self._pending: dict[str, list[tuple[int, dict[str, Any]]]] = {g: [] for g in SCHEMA}
-        self.annotate(status="running", schema_version=SCHEMA_VERSION, created_at=_now())
+        self._shards = 0
+        self.attributes = {"created_at": _now(), **attributes}
+        if resume_at is not None:
+            self._rewind(resume_at)
+        self.annotate(status="running", reason="", schema_version=SCHEMA_VERSION)
+
+    def _rewind(self, step: int) -> None:
+        """Take over a begun run's attributes; drop its shards past `step`."""
+        old = read_attributes(self.folder)
+        past = json.loads(old.get("resumed") or "[]")
+        past.append({"step": step, "at": _now(), **provenance()})
+        kept = {name: self.attributes[name] for name in ("config", "config_sha256")}
+        self.attributes = {**old, **kept, "resumed": past}
+        for shard in sorted(self.log.glob("*.nc")):
+            last, number = map(int, shard.stem.split("-"))
+            if last > step or step == 0:
+                shard.unlink()
+            else:
+                self._shards = max(self._shards, number)
 
     def annotate(self, **attributes: Any) -> None:
         """Set root attributes, on disk at once. Bools become 0 or 1, mappings JSON."""
         self.attributes.update(attributes)
-        text = json.dumps({k: _plain(v) for k, v in self.attributes.items()}, indent=1)
-        _replace(self.folder / "run.json", lambda path: path.write_text(text))
+        text = json.dumps(self._attributes(), indent=1)
+        disk.replace(self.folder / "run.json", lambda path: path.write_text(text))
+
+    def _attributes(self) -> dict[str, Any]:
+        return {name: _plain(value) for name, value in self.attributes.items()}
 
     def append(self, group: str, step: int, values: Mapping[str, Any]) -> None:
         """Add one step of a group; the names must be exactly the schema's."""
@@ -141,19 +218,24 @@ class Writer:
         tree = xr.DataTree.from_dict(groups)
         self._shards += 1
         shard = self.log / f"{last:08d}-{self._shards:06d}.nc"
-        _replace(shard, lambda path: tree.to_netcdf(path, engine=ENGINE))
+        disk.replace(shard, lambda path: tree.to_netcdf(path, engine=ENGINE))
         self._pending = {g: [] for g in SCHEMA}
 
     def close(self, status: str, reason: str = "") -> Path:
         """Record how the run ended; a complete run becomes one file, which is returned."""
-        self.flush()
-        self.annotate(status=status, reason=reason, finished_at=_now())
-        if status == "complete":
-            tree = _merge(self.folder)
-            _replace(self.file, lambda path: _save(tree, path))
-            for shard in self.log.glob("*.nc"):
-                shard.unlink()
-        self._lock.close()
+        try:
+            self.flush()
+            self.attributes |= {"status": status, "reason": reason, "finished_at": _now()}
+            if status == "complete":  # the file first: a kill in between leaves a whole run
+                tree = _merge(self.folder)
+                tree.attrs = self._attributes()
+                disk.replace(self.file, lambda path: _save(tree, path))
+            self.annotate()
+            if status == "complete":
+                for shard in self.log.glob("*.nc"):
+                    shard.unlink()
+        finally:
+            self.claim.release()
         return self.file if status == "complete" else self.folder
 
     def _dataset(self, group: str, rows: Sequence[tuple[int, dict[str, Any]]]) -> xr.Dataset:
@@ -172,7 +254,8 @@ class Writer:
 def open_run(path: str | os.PathLike) -> xr.DataTree:
     """One run, loaded whole: its file, or the folder of a run that is not complete.
 
-    Raises FileNotFoundError where there is no run.
+    The folder of a run whose process was killed says `running`, and in `reason` that the
+    process is gone. Raises Missing where there is no run, BadValue where it is damaged.
     """
     path = Path(path)
     if path.is_file():
@@ -180,14 +263,17 @@ def open_run(path: str | os.PathLike) -> xr.DataTree:
             with xr.open_datatree(path, engine=ENGINE) as tree:
                 return tree.load()
         except OSError as error:
-            raise ValueError(f"{path} is not a run file that can be read: {error}.") from error
+            raise BadValue(f"{path} is not a run file that can be read: {error}.") from error
     folder = path.with_suffix("") if path.suffix == ".nc" else path
     finished = folder.with_name(folder.name + ".nc")
     if finished.is_file():
         return open_run(finished)
     if (folder / "run.json").is_file():
-        return _merge(folder)
-    raise FileNotFoundError(f"There is no run at {path}: neither a .nc file nor a run folder.")
+        tree = _merge(folder)
+        if tree.attrs["status"] == "running" and not disk.locked(folder / "lock"):
+            tree.attrs["reason"] = "its process is gone: killed, or the machine stopped"
+        return tree
+    raise Missing(f"There is no run at {path}: neither a .nc file nor a run folder.")
 
 
 def open_runs(pattern: str, group: str = "train", *, rehearsed: bool = False) -> xr.Dataset:
@@ -213,12 +299,22 @@ def open_runs(pattern: str, group: str = "train", *, rehearsed: bool = False) ->
         datasets.append(tree[group].to_dataset())
         labels.append(label)
     if not datasets:
-        raise FileNotFoundError(f"No run matches {pattern} with a group {group!r}.")
+        raise Missing(f"No run matches {pattern} with a group {group!r}.")
     runs: Any = {key: ("run", [label[key] for label in labels]) for key in labels[0]}
     joined = xr.concat(
         datasets, "run", join="outer", coords="minimal", compat="override", data_vars="all"
     )
     return joined.assign_coords(runs)
+
+
+def read_attributes(folder: Path) -> dict[str, Any]:
+    """The attributes of a run's folder; Missing where it holds none, BadValue where torn."""
+    try:
+        return json.loads((folder / "run.json").read_text())
+    except FileNotFoundError as error:
+        raise Missing(f"There is no run in {folder}: it has no run.json.") from error
+    except ValueError as error:
+        raise BadValue(f"{folder / 'run.json'} is damaged: {error}.") from error
 
 
 def provenance() -> dict[str, Any]:
@@ -266,41 +362,6 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def _lock(folder: Path) -> Any:
-    file = (folder / "lock").open("w")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        file.close()
-        raise FileExistsError(
-            f"The run {folder.name!r} is being written by a live process; choose another name."
-        ) from error
-    return file
-
-
-def _replace(path: Path, write: Any) -> None:
-    """Write a file so that a reader or a crash sees the old one or the new one, whole."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        write(temporary)
-        with _open_descriptor(temporary) as descriptor:
-            os.fsync(descriptor)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    with _open_descriptor(path.parent) as descriptor:
-        os.fsync(descriptor)
-
-
-@contextlib.contextmanager
-def _open_descriptor(path: Path) -> Iterator[int]:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        yield descriptor
-    finally:
-        os.close(descriptor)
-
-
 def _merge(folder: Path) -> xr.DataTree:
     """All shards of a run folder as one tree, with the attributes of run.json."""
     parts: dict[str, list[xr.Dataset]] = {}
@@ -316,7 +377,7 @@ def _merge(folder: Path) -> xr.DataTree:
         for name, datasets in parts.items()
     }
     tree = xr.DataTree.from_dict(groups)
-    tree.attrs = json.loads((folder / "run.json").read_text())
+    tree.attrs = read_attributes(folder)
     return tree
 
 

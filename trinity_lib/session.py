@@ -1,89 +1,28 @@
-"""What a run is and holds: its configuration, and everything built from it before a step."""
+"""What a run holds while it lasts: built before its first step, saved, and restored."""
 
 import hashlib
+import os
 import warnings
 from dataclasses import dataclass, field
-from datetime import datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
-from tokenizers import Tokenizer
 
-from trinity_lib import balance, corpus, data, evaluate, optim
-from trinity_lib.balance import BalanceConfig
-from trinity_lib.config import check, digest, require, to_json
-from trinity_lib.data import DataConfig
+from trinity_lib import balance, checkpoint, data, disk, evaluate, optim, replay, resume, rows
+from trinity_lib.checkpoint import State
+from trinity_lib.config import BadValue, differences, require, to_json
+from trinity_lib.data import Loaded
 from trinity_lib.experts import backend_info
-from trinity_lib.model import ModelConfig, Trinity, count_parameters
-from trinity_lib.optim import OptimConfig, Phase
+from trinity_lib.model import Trinity, count_parameters
 from trinity_lib.progress import Progress
-from trinity_lib.record import Writer, provenance
+from trinity_lib.record import Claim, Writer, provenance, read_attributes
+from trinity_lib.run import RunConfig, named
+from trinity_lib.tokenizer import Vocabulary
 
-
-@dataclass(frozen=True, kw_only=True)
-class RunConfig:
-    """Everything that decides a run."""
-
-    scale: str
-    """Name of the recipe it began as."""
-    name: str = ""
-    """Name of the run; empty: scale, configuration hash and time."""
-    seed: int = 0
-    """Seed of weights and data order."""
-    model: ModelConfig
-    """The model."""
-    data: DataConfig
-    """Rows and their order."""
-    balance: BalanceConfig
-    """The balancer."""
-    optim: OptimConfig
-    """The optimisers."""
-    phases: tuple[Phase, ...]
-    """The schedule; the first phase ends in the TrueBase, the last in the Base."""
-    z_loss: float = 1e-6
-    """Weight of the z-loss on the output logits."""
-    micro_batches: int = 1
-    """Pieces a step's batch is split into; gradients are accumulated."""
-    recompute: bool = False
-    """Recompute activations in backward instead of keeping them."""
-    evaluate_every: int = 50
-    """Steps between evaluations; the end of every phase is evaluated too."""
-    record_every: int = 1
-    """Steps between records of every expert's count and bias."""
-    log_every: int = 25
-    """Steps between progress lines where there is no terminal."""
-    spike: float = 3.0
-    """Stop where the loss is this many nats above the median of the last 50 steps."""
-    threads: int = 1
-    """CPU threads; results depend on it in the last bits. More pay off from `small` on."""
-    device: Literal["cpu", "cuda"] = "cpu"
-    """Where to train; on CUDA matrices multiply in bf16 over fp32 weights."""
-    dtype: Literal["float32", "float64"] = "float32"
-    """Of the weights."""
-
-    def __post_init__(self) -> None:
-        check(self)
-        plain = not set(self.name) & set("/\\\0") and not self.name.startswith(".")
-        require(plain, "name", self.name, "a file name without slashes or a leading dot")
-        require(self.seed >= 0, "seed", self.seed, "zero or more")
-        require(len(self.phases) > 0, "phases", self.phases, "at least one phase")
-        counts = ("micro_batches", "evaluate_every", "record_every", "log_every", "threads")
-        for name in counts:
-            require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
-        require(self.z_loss >= 0, "z_loss", self.z_loss, "zero or more")
-        require(self.spike > 0, "spike", self.spike, "above zero")
-        for phase in self.phases:
-            for rows in (phase.batch, *(phase.larger_batch or ())[1:]):
-                right = f"a divisor of the batch's {rows} rows"
-                whole = rows % self.micro_batches == 0
-                require(whole, "micro_batches", self.micro_batches, right)
-
-    @property
-    def steps(self) -> list[int]:
-        """Optimiser steps of each phase."""
-        return [optim.phase_steps(p, self.data.sequence_length) for p in self.phases]
+REMEMBERED_LOSSES = 50
+"""Losses that the guard against jumps looks back on."""
 
 
 @dataclass
@@ -94,9 +33,10 @@ class Session:
     model: Trinity
     balancer: balance.Balancer
     optimizers: list[torch.optim.Optimizer]
-    rows: data.Rows
+    rows: rows.Rows
     held_out: dict[str, evaluate.Domain]
-    tokenizer: Tokenizer
+    vocabulary: Vocabulary
+    choices: replay.Choices | None
     writer: Writer
     progress: Progress
     step: int = 0
@@ -105,80 +45,211 @@ class Session:
     losses: list[float] = field(default_factory=list)
 
 
-def start(config: RunConfig, runs: Path, cache: Path) -> Session:
-    """Data, model and writer of a new run, nothing trained yet."""
-    procedural = config.data.corpus == "procedural"
-    source = corpus.procedural(0) if procedural else corpus.embedded(cache)
-    for warning in source.warnings:
-        warnings.warn(warning, stacklevel=3)
-    tokenizer = data.tokenizer_for(source, config.model.vocab_size, cache)
-    documents = data.tokenised(source, tokenizer, cache)
-    length, seed = config.data.sequence_length, config.seed
-    held_out = {
-        name: evaluate.domain(
-            data.validation_rows(each, length, config.data.validation_rows, 0), tokenizer
-        )
-        for name, each in documents["validation"].items()
-    }
-    stream = data.Stream(documents["train"], seed)
+def start(config: RunConfig, runs: Path, cache: Path, *, resumes: bool = False) -> Session:
+    """Data, model and writer of a run: a new one, or one that goes on from its checkpoint.
+
+    Everything that can be refused is, before a step is trained; a new run that is refused
+    leaves nothing behind.
+    """
+    config = named(config)
+    _require_memory(config)
+    claim = Claim(runs / config.name, resume=resumes)
+    try:
+        return _build(config, claim, cache)
+    except BaseException as error:
+        claim.release()
+        if disk.is_full(error) and not isinstance(error, disk.NoSpace):
+            raise disk.NoSpace(f"The disk of {runs} or {cache} is full: free some.") from error
+        raise
+
+
+def _build(config: RunConfig, claim: Claim, cache: Path) -> Session:
+    old = resume.configuration(claim.folder) if claim.begun else None
+    step = resume.compare(config, old, claim.folder) if old else 0
+    latest = checkpoint.newest(claim.folder) if step else None
+    loaded = data.load(config.data, config.model.vocab_size, cache)
+    for warning in loaded.warnings:
+        warnings.warn(warning, stacklevel=4)
+    facts = replay.hashes(loaded.sha256, loaded.vocabulary.sha256)
+    if claim.begun:
+        _require_same_text(claim.folder, facts)
+    choices = replay.load(config, facts) if config.replay else None
+    stream = rows.Stream(loaded.train, config.seed)
     for phase in config.phases:
         require(bool(phase.mixture), "phase.mixture", phase.mixture, "shares by domain")
         stream.mix(phase.mixture)
+    held_out = _held_out(config, loaded)
 
-    model = new_model(config)
+    model = new_model(config, loaded.vocabulary) if latest is None else _loaded(config, latest)
+    optimizers = optim.build(model, config.optim)
+    _require_space(config, claim.folder, model, optimizers)
     layers, experts = config.model.moe_layers, config.model.router.num_experts
-    name = config.name or _name(config)
+    balancer = balance.build(config.balance, len(layers), experts, config.device)
+    balancer.bias_LE = torch.stack([router.bias_E for router in model.routers()]).clone()
     writer = Writer(
-        runs / name,
-        {
-            **_attributes(config),
-            "name": name,
-            "warnings": list(source.warnings),
-            "corpus_sha256": source.sha256,
-            "tokenizer_sha256": data.sha256(tokenizer),
-            "documents": data.describe(documents),
-        },
-        {
-            "layer": list(layers),
-            "expert": np.arange(experts),
-            "split": ["validation"],
-            "domain": list(held_out),
-        },
+        claim.folder,
+        {**_attributes(config, loaded), **facts},
+        _coordinates(config, list(held_out)),
+        claim=claim,
+        resume_at=step if claim.begun else None,
     )
-    return Session(
+    session = Session(
         config=config,
         model=model,
-        balancer=balance.build(config.balance, len(layers), experts, config.device),
-        optimizers=optim.build(model, config.optim),
-        rows=data.Rows(stream, length, config.data.rsdb, seed),
+        balancer=balancer,
+        optimizers=optimizers,
+        rows=rows.Rows(stream, config.data.sequence_length, config.data.rsdb, config.seed),
         held_out=held_out,
-        tokenizer=tokenizer,
+        vocabulary=loaded.vocabulary,
+        choices=choices,
         writer=writer,
-        progress=Progress(sum(config.steps), config.log_every, writer.folder.name),
+        progress=Progress(sum(config.steps), config.log_every, config.name, step),
     )
+    if latest is not None:
+        _restore(session, checkpoint.load_state(latest))
+    return session
 
 
-def new_model(config: RunConfig) -> Trinity:
-    """The run's initial weights: drawn in fp32 on the CPU, whatever device and dtype."""
-    with torch.device("meta"):  # the modules' own initialisation would use the global RNG
-        model = Trinity(config.model)
-    model = model.to_empty(device="cpu")
-    model.initialise(torch.Generator().manual_seed(config.seed))
+def new_model(config: RunConfig, vocabulary: Vocabulary | None = None) -> Trinity:
+    """The run's first weights: a checkpoint's, or drawn in fp32 on the CPU, on any device."""
+    if config.init:
+        folder = Path(config.init)
+        model = checkpoint.load(folder)
+        _require_alike(config, folder, vocabulary)
+    else:
+        with torch.device("meta"):  # the modules' own initialisation would use the global RNG
+            model = Trinity(config.model)
+        model = model.to_empty(device="cpu")
+        model.initialise(torch.Generator().manual_seed(config.seed))
+    return _placed(config, model)
+
+
+def state_of(session: Session) -> State:
+    """What a checkpoint holds beside the weights, so that `start` can go on to the bit."""
+    facts, tokens, ends = session.rows.state()
+    tensors = {
+        "balancer.bias": session.balancer.bias_LE,
+        "balancer.momentum": session.balancer.momentum_LE,
+        "rows.tokens": torch.from_numpy(tokens.astype(np.int32)),
+        "rows.ends": torch.from_numpy(ends),
+        **optim.state_tensors(session.model, session.optimizers),
+    }
+    counters = {"step": session.step, "tokens": session.tokens}
+    losses = session.losses[-REMEMBERED_LOSSES:]
+    return State({**counters, "losses": losses, "rows": facts}, tensors)
+
+
+def _restore(session: Session, state: State) -> None:
+    facts, tensors = state
+    session.step, session.tokens = facts["step"], facts["tokens"]
+    session.losses = list(facts["losses"])
+    session.balancer.bias_LE = tensors["balancer.bias"].to(session.config.device)
+    session.balancer.momentum_LE = tensors["balancer.momentum"].to(session.config.device)
+    unread, ends = tensors["rows.tokens"].numpy(), tensors["rows.ends"].numpy()
+    session.rows.restore(facts["rows"], unread, ends)
+    optim.load_state_tensors(session.model, session.optimizers, tensors)
+
+
+def _loaded(config: RunConfig, folder: Path) -> Trinity:
+    return _placed(config, checkpoint.load(folder))
+
+
+def _placed(config: RunConfig, model: Trinity) -> Trinity:
+    """On the run's device, in its dtype; selection biases stay fp32."""
     model = model.to(device=config.device, dtype=getattr(torch, config.dtype))
     for router in model.routers():
         router.bias_E = router.bias_E.float()
     return model
 
 
-def _name(config: RunConfig) -> str:
-    return f"{config.scale}-{digest(config)}-{datetime.now():%Y%m%d-%H%M%S-%f}"[:-3]
+def _held_out(config: RunConfig, loaded: Loaded) -> dict[str, evaluate.Domain]:
+    length, most = config.data.sequence_length, config.data.validation_rows
+    return {
+        name: evaluate.domain(
+            name, rows.validation(name, documents, length, most), loaded.vocabulary
+        )
+        for name, documents in loaded.validation.items()
+    }
 
 
-def _attributes(config: RunConfig) -> dict[str, Any]:
+def _require_alike(config: RunConfig, folder: Path, vocabulary: Vocabulary | None) -> None:
+    changed = differences(checkpoint.model_config(folder), config.model)
+    if changed:
+        raise BadValue(
+            f"init is {config.init!r}, a checkpoint of another model: {'; '.join(changed)}."
+        )
+    theirs = checkpoint.load_vocabulary(folder)
+    if vocabulary is not None and theirs.sha256 != vocabulary.sha256:
+        raise BadValue(
+            f"init is {config.init!r}, whose tokenizer is another than this run's: give "
+            f"tokenizer={config.init}."
+        )
+
+
+def _require_same_text(folder: Path, facts: dict[str, str]) -> None:
+    old = read_attributes(folder)
+    for name, value in facts.items():
+        if old.get(name) != value:
+            what = name.removesuffix("_sha256")
+            raise BadValue(
+                f"The run {folder.name!r} cannot be resumed: its {what} has changed "
+                f"({name} is {value[:12]} and was {str(old.get(name))[:12]})."
+            )
+
+
+def _require_memory(config: RunConfig) -> None:
+    """Weights, gradients and momentum must fit, whatever the rest takes."""
+    width = 8 if config.dtype == "float64" else 4
+    needed = 3 * width * count_parameters(config.model).total
+    if config.device == "cuda":
+        there, what = torch.cuda.get_device_properties(0).total_memory, "GPU memory"
+    else:
+        there, what = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), "memory"
+    if needed > there:
+        raise BadValue(
+            f"scale {config.scale!r} needs {needed / 1e9:,.0f} GB for weights, gradients and "
+            f"momentum; this machine has {there / 1e9:,.0f} GB of {what}: take a smaller scale."
+        )
+
+
+def _require_space(
+    config: RunConfig, folder: Path, model: Trinity, optimizers: list[torch.optim.Optimizer]
+) -> None:
+    """Room for every checkpoint that is kept and one being written, and recorded choices."""
+    one = sum(t.numel() * t.element_size() for t in model.state_dict().values())
+    one += optim.state_bytes(optimizers)
+    copies = len(config.phases) + config.keep + 1
+    needed = copies * one
+    if config.record_choices:
+        layers, top_k = len(config.model.moe_layers), config.model.router.top_k
+        needed += 4 * layers * top_k * sum(phase.tokens for phase in config.phases)
+    there = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    what = f"{copies} checkpoints of {one / 1e6:,.1f} MB"
+    disk.require_space(folder, needed - there, what)
+
+
+def _coordinates(config: RunConfig, domains: list[str]) -> dict[str, Any]:
+    return {
+        "layer": list(config.model.moe_layers),
+        "expert": np.arange(config.model.router.num_experts),
+        "token": np.arange(most_tokens(config) if config.record_choices else 0),
+        "choice": np.arange(config.model.router.top_k),
+        "split": ["validation"],
+        "domain": domains,
+    }
+
+
+def most_tokens(config: RunConfig) -> int:
+    """Tokens of the schedule's largest batch."""
+    batches = [rows for p in config.phases for rows in (p.batch, *(p.larger_batch or ())[1:])]
+    return max(batches) * config.data.sequence_length
+
+
+def _attributes(config: RunConfig, loaded: Loaded) -> dict[str, Any]:
     count = count_parameters(config.model)
     text = to_json(config)
-    return {
-        **provenance(),
+    about = {
+        "name": config.name,
         "scale": config.scale,
         "seed": config.seed,
         "config": text,
@@ -189,4 +260,11 @@ def _attributes(config: RunConfig) -> dict[str, Any]:
         "parameters_total": count.total,
         "parameters_active": count.active,
         "parameters_active_with_embeddings": count.active_with_embeddings,
+        "warnings": list(loaded.warnings),
+        "documents": loaded.summary,
+        "text": [str(source.path) for source in config.data.sources] or config.data.corpus,
     }
+    if config.init:
+        about["init_sha256"] = checkpoint.sha256(Path(config.init))
+    return {**provenance(), **about}
+

@@ -15,17 +15,23 @@ import torch
 import xarray as xr
 from torch import Tensor
 
-from trinity_lib import checkpoint, data, evaluate, metrics, optim
-from trinity_lib.config import from_json, to_json
-from trinity_lib.data import Batch
+from trinity_lib import checkpoint, disk, evaluate, metrics, optim, replay, resume, rows
+from trinity_lib.config import Missing, Refusal, from_json, one_sentence, to_json
+from trinity_lib.data import IGNORE, Batch
 from trinity_lib.losses import token_loss
 from trinity_lib.model import Output
 from trinity_lib.record import ROOT, open_run
-from trinity_lib.session import RunConfig, Session, start
+from trinity_lib.run import RunConfig, Step, schedule, stage_name
+from trinity_lib.session import (
+    REMEMBERED_LOSSES,
+    Session,
+    most_tokens,
+    start,
+    state_of,
+)
 
 RUNS, CACHE = ROOT / "runs", ROOT / ".cache"
 FLUSH_SECONDS = 15.0
-SPIKE_HISTORY = 50
 
 
 class StepResult(NamedTuple):
@@ -38,92 +44,129 @@ class StepResult(NamedTuple):
     grad_norm: float
     batch_tokens: int
     load_LE: Tensor
+    choices_LTK: Tensor
 
 
-class TrainingFailed(RuntimeError):
+class TrainingFailed(Refusal, RuntimeError):
     """The loss is no number, or jumped: training stopped before the weights were touched."""
 
 
-def train(config: RunConfig, *, runs: Path = RUNS, cache: Path = CACHE) -> xr.DataTree:
+def train(
+    config: RunConfig, *, runs: Path = RUNS, cache: Path = CACHE, resumes: bool = False
+) -> xr.DataTree:
     """Train as `config` says and return the run, which is also a file in `runs`.
 
     The same configuration on the same machine gives the same losses, counts and weights
-    to the bit. Raises FileExistsError where the run's name is taken and TrainingFailed
-    where the loss is NaN or jumps; the run file then says `failed` and why.
+    to the bit, also when the run was killed and is resumed: `resumes` goes on with the
+    named run, or the newest incomplete one of this configuration, from its last checkpoint.
+    Raises Taken where the run's name is taken, and TrainingFailed where the loss is NaN or
+    jumps; the run file then says `failed` and why.
     """
+    if resumes:
+        config = resume.find(config, runs)
     with _reproducible(config):
-        session = start(config, runs, cache)
+        session = start(config, runs, cache, resumes=resumes)
         try:
-            _evaluate(session)
-            for index in range(len(config.phases)):
-                _phase(session, index)
-        except BaseException as error:
+            if session.step == 0:
+                _evaluate(session)
+            for step in schedule(session.config)[session.step :]:
+                _step(session, step)
             session.progress.close()
-            session.writer.close("failed", f"{type(error).__name__}: {error}")
-            raise
-        session.progress.close()
-        session.writer.annotate(epochs=session.rows.stream.epoch)
-        return open_run(session.writer.close("complete"))
+            session.writer.annotate(epochs=session.rows.stream.epoch)
+            file = session.writer.close("complete")
+        except BaseException as error:
+            ended = _failed(session, error)
+            if ended is error:
+                raise
+            raise ended from error
+        for folder in session.writer.folder.glob(f"{checkpoint.ROTATING}*"):
+            disk.remove_folder(folder)  # the last phase's end is the base
+        return open_run(file)
 
 
-def _phase(session: Session, index: int) -> None:
-    """Train one phase, evaluate at its end and keep its checkpoint."""
+def _step(session: Session, step: Step) -> None:
+    """Train one step, record it, evaluate and keep a checkpoint where due."""
     config = session.config
-    phase, steps = config.phases[index], config.steps[index]
-    session.rows.stream.mix(phase.mixture)
-    for step in range(steps):
-        begun = time.perf_counter()
-        share = optim.rate(config.phases, index, step, steps)
-        optim.set_rate(session.optimizers, share)
-        rows = optim.batch_rows(phase, step, config.data.sequence_length)
-        result = optimiser_step(session, session.rows.batch(rows))
-        session.step += 1
-        seconds = time.perf_counter() - begun
-        _record(session, result, index, share, seconds)
-        max_vio = float(np.mean(metrics.max_vio(result.load_LE.cpu().numpy())))
-        session.progress.step(f"loss {result.loss:.3f}", f"MaxVio {max_vio:.2f}")
-        if session.step % config.evaluate_every == 0 or step == steps - 1:
-            _evaluate(session)
-        if time.monotonic() - session.flushed > FLUSH_SECONDS:
-            session.writer.flush()
-            session.flushed = time.monotonic()
-    if index == 0:
-        _keep(session, "truebase")
-    if index == len(config.phases) - 1:
-        _keep(session, "base")
+    begun = time.perf_counter()
+    if step.number == 0:
+        session.rows.stream.mix(config.phases[step.phase].mixture)
+    optim.set_rate(session.optimizers, step.share)
+    result = optimiser_step(session, session.rows.batch(step.rows))
+    session.step += 1
+    _record(session, result, step, time.perf_counter() - begun)
+    max_vio = float(np.mean(metrics.max_vio(result.load_LE.cpu().numpy())))
+    session.progress.step(f"loss {result.loss:.3f}", f"MaxVio {max_vio:.2f}")
+    if step.ends_phase or session.step % config.evaluate_every == 0:
+        _evaluate(session)
+    if step.ends_phase:
+        stage = stage_name(config, step.phase)
+        session.writer.annotate(**{f"{stage}_step".replace("-", "_"): session.step})
+        _keep(session, stage)
+    elif session.step % config.checkpoint_every == 0:
+        _keep(session, f"{checkpoint.ROTATING}{session.step:08d}")
+        checkpoint.rotate(session.writer.folder, config.keep)
+    if time.monotonic() - session.flushed > FLUSH_SECONDS:
+        session.writer.flush()
+        session.flushed = time.monotonic()
 
 
-def _keep(session: Session, stage: str) -> None:
-    """Save the checkpoint of a stage and record its step."""
-    folder = session.writer.folder / stage
-    checkpoint.save(folder, session.model, session.tokenizer, to_json(session.config))
-    session.writer.annotate(**{f"{stage}_step": session.step})
+def _keep(session: Session, name: str) -> None:
+    """Save a checkpoint; what is recorded up to it reaches the disk first."""
+    session.writer.flush()
+    folder = session.writer.folder / name
+    config_json = to_json(session.config)
+    checkpoint.save(folder, session.model, session.vocabulary, config_json, state_of(session))
+
+
+def _failed(session: Session, error: BaseException) -> BaseException:
+    """Write down how the run ended, as far as the disk lets it; what is to be raised."""
+    session.progress.close()
+    if disk.is_full(error):
+        last = checkpoint.newest(session.writer.folder)
+        kept = f"its last checkpoint is {last.name}" if last else "it has no checkpoint yet"
+        error = disk.NoSpace(
+            f"The disk of {session.writer.folder} is full at step {session.step}; {kept}: "
+            "free some space and resume."
+        )
+    reason = str(error) if isinstance(error, Refusal) else f"{type(error).__name__}: {error}"
+    try:
+        session.writer.close("failed", reason)
+    except OSError as second:
+        error.add_note(f"Nor could the run's status be written: {second}")
+    return error
 
 
 def optimiser_step(session: Session, batch: Batch) -> StepResult:
     """One optimiser step over one global batch, whatever the number of micro-batches."""
     config, model, balancer = session.config, session.model, session.balancer
-    rows = len(batch.tokens_BS)
-    predicted = int((batch.targets_BS != data.IGNORE).sum())
+    num_rows = len(batch.tokens_BS)
+    predicted = int((batch.targets_BS != IGNORE).sum())
     cross_entropy = z = balance_sum = 0.0
-    means, load_LE = [], torch.zeros_like(balancer.bias_LE, dtype=torch.int64)
-    for part in range(0, rows, rows // config.micro_batches):
-        pieces = (array[part : part + rows // config.micro_batches] for array in batch)
+    means, choices = [], []
+    load_LE = torch.zeros_like(balancer.bias_LE, dtype=torch.int64)
+    held_LTK = _held(session, batch)
+    for part in range(config.micro_batches):
         tokens_BS, targets_BS, documents_BS = (
-            torch.from_numpy(piece).to(config.device) for piece in pieces
+            torch.from_numpy(piece).to(config.device)
+            for piece in rows.share_of(batch, part, config.micro_batches)
         )
-        output = _forward(session, tokens_BS, documents_BS)
+        chosen = None
+        if held_LTK is not None:
+            count = tokens_BS.numel()
+            chosen = held_LTK[:, part * count : (part + 1) * count]
+        output = _forward(session, tokens_BS, documents_BS, chosen)
         loss = token_loss(output.logits, targets_BS)
         balance_loss = balancer.loss(output.routing, documents_BS)
         objective = (loss.cross_entropy + config.z_loss * loss.z) / predicted
         if balance_loss is not None:
-            objective = objective + balance_loss / rows
+            objective = objective + balance_loss / num_rows
         objective.backward()
         cross_entropy += loss.cross_entropy.item()
         z += loss.z.item()
         balance_sum += 0.0 if balance_loss is None else balance_loss.item()
         means.append(loss.cross_entropy.item() / max(1, int(loss.tokens)))
         load_LE += balancer.observe(output.routing, documents_BS.flatten() >= 0)
+        choices.append(torch.stack([r.experts_TK for r in output.routing]))
     mean = cross_entropy / predicted
     _guard(session, mean)
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.optim.clip)
@@ -135,20 +178,35 @@ def optimiser_step(session: Session, batch: Batch) -> StepResult:
     return StepResult(
         loss=mean,
         z_loss=z / predicted,
-        balance_loss=balance_sum / rows,
+        balance_loss=balance_sum / num_rows,
         batch_het=max(means) - statistics.fmean(means),
         grad_norm=float(norm),
         batch_tokens=int((batch.documents_BS >= 0).sum()),
         load_LE=load_LE,
+        choices_LTK=torch.cat(choices, dim=1),
     )
 
 
-def _forward(session: Session, tokens_BS: Tensor, documents_BS: Tensor) -> Output:
+def _held(session: Session, batch: Batch) -> Tensor | None:
+    """The choices a replay holds this step's tokens to."""
+    if session.choices is None:
+        return None
+    chosen_LTK = session.choices.of(session.step + 1, batch.tokens_BS.size)
+    return torch.from_numpy(chosen_LTK).to(session.config.device)
+
+
+def _forward(
+    session: Session, tokens_BS: Tensor, documents_BS: Tensor, held_LTK: Tensor | None
+) -> Output:
     config = session.config
     cuda = config.device == "cuda"
     with torch.autocast("cuda", torch.bfloat16) if cuda else contextlib.nullcontext():
         return session.model(
-            tokens_BS, documents_BS, select=session.balancer.select, recompute=config.recompute
+            tokens_BS,
+            documents_BS,
+            select=session.balancer.select,
+            replay=None if held_LTK is None else held_LTK.unbind(),
+            recompute=config.recompute,
         )
 
 
@@ -159,7 +217,7 @@ def _guard(session: Session, loss: float) -> None:
         raise TrainingFailed(
             f"the loss is {loss} at step {step}; lower the learning rate or the balance rate."
         )
-    recent = session.losses[-SPIKE_HISTORY:]
+    recent = session.losses[-REMEMBERED_LOSSES:]
     if len(recent) >= 10 and loss > statistics.median(recent) + session.config.spike:
         raise TrainingFailed(
             f"the loss jumped to {loss:.2f} at step {step}, from a median of "
@@ -169,15 +227,13 @@ def _guard(session: Session, loss: float) -> None:
     session.losses.append(loss)
 
 
-def _record(
-    session: Session, result: StepResult, phase: int, share: float, seconds: float
-) -> None:
+def _record(session: Session, result: StepResult, step: Step, seconds: float) -> None:
     session.tokens += result.batch_tokens
     load_LE = result.load_LE.cpu().numpy()
     bias_LE = session.balancer.bias_LE.float().cpu().numpy()
-    values = {k: v for k, v in result._asdict().items() if k != "load_LE"}
-    values |= {"tokens": session.tokens, "learning_rate": share}
-    values |= {"seconds": seconds, "phase": phase}
+    values = {k: v for k, v in result._asdict().items() if not isinstance(v, Tensor)}
+    values |= {"tokens": session.tokens, "learning_rate": step.share}
+    values |= {"seconds": seconds, "phase": step.phase}
     session.writer.append("train", session.step, values)
     entropy_L = metrics.load_entropy(load_LE)
     session.writer.append(
@@ -194,6 +250,9 @@ def _record(
     )
     if session.step % session.config.record_every == 0:
         session.writer.append("routing", session.step, {"count": load_LE, "bias": bias_LE})
+    if session.config.record_choices:
+        chosen = replay.padded(result.choices_LTK.cpu().numpy(), most_tokens(session.config))
+        session.writer.append("choices", session.step, {"expert": chosen})
 
 
 def _evaluate(session: Session) -> None:
@@ -231,8 +290,18 @@ def main() -> None:
     """Train from a configuration file and print the run's path."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--config", type=Path, required=True, help="RunConfig as JSON")
-    config = from_json(RunConfig, parser.parse_args().config.read_text())
-    print(RUNS / f"{train(config).attrs['name']}.nc")
+    parser.add_argument("--runs", type=Path, default=RUNS, help="folder of run files")
+    parser.add_argument("--cache", type=Path, default=CACHE, help="folder of tokens and text")
+    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
+    given = parser.parse_args()
+    with one_sentence():
+        try:
+            text = given.config.read_text()
+        except (OSError, UnicodeDecodeError) as error:
+            raise Missing(f"--config is {given.config}; it cannot be read: {error}.") from error
+        config = from_json(RunConfig, text)
+        run = train(config, runs=given.runs, cache=given.cache, resumes=given.resume)
+        print(given.runs / f"{run.attrs['name']}.nc")
 
 
 if __name__ == "__main__":

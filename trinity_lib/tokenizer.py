@@ -1,0 +1,144 @@
+"""Text to tokens: a byte-level BPE of the corpus's own, or a tokenizer.json from elsewhere."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from trinity_lib import disk
+from trinity_lib.config import BadValue, Missing, first_line
+from trinity_lib.sources import Texts
+
+BEGIN, END = "<|begin|>", "<|end|>"
+BEGINS = (BEGIN, "<|begin_of_text|>", "<|startoftext|>", "<bos>", "<s>", "[BOS]", "[CLS]")
+"""Names of begin marks, in the order they are looked for."""
+ENDS = (END, "<|end_of_text|>", "<|endoftext|>", "<eos>", "</s>", "[EOS]", "[SEP]")
+"""Names of end marks."""
+SAMPLE_BYTES = 4_000_000
+"""Training text the tokenizer is trained on, at most."""
+FILE, SETTINGS = "tokenizer.json", "tokenizer_config.json"
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """A tokenizer and the marks put around every document."""
+
+    tokenizer: Tokenizer
+    """Encodes without special tokens of its own."""
+    begin: str | None
+    """Mark before a document, or None."""
+    end: str | None
+    """Mark after a document, or None."""
+
+    @property
+    def size(self) -> int:
+        """Embedding rows it needs: the highest id and one."""
+        return 1 + max(self.tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
+
+    @property
+    def sha256(self) -> str:
+        """Hash of the tokenizer's JSON."""
+        return hashlib.sha256(self.tokenizer.to_str().encode()).hexdigest()
+
+    def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Each text's tokens between the marks, int32."""
+        before, after = (
+            [] if mark is None else [self.tokenizer.token_to_id(mark)]
+            for mark in (self.begin, self.end)
+        )
+        encoded = self.tokenizer.encode_batch(list(texts), add_special_tokens=False)
+        return [np.array([*before, *e.ids, *after], dtype=np.int32) for e in encoded]
+
+    def decode(self, rows: Sequence[Sequence[int]]) -> list[str]:
+        """The text that tokens spell; marks spell nothing."""
+        return self.tokenizer.decode_batch(rows, skip_special_tokens=True)
+
+    def save(self, folder: Path) -> None:
+        """Write tokenizer.json, and the marks as transformers names them."""
+        self.tokenizer.save(str(folder / FILE))
+        names = {"bos_token": self.begin, "eos_token": self.end}
+        (folder / SETTINGS).write_text(json.dumps(names))
+
+
+def load(path: Path) -> Vocabulary:
+    """A tokenizer.json, or the one in a folder, as `data` needs it.
+
+    Marks are what `tokenizer_config.json` beside it names, else the first of the usual
+    names it has. Missing where there is no file, BadValue where it is no tokenizer.
+    """
+    file = path / FILE if path.is_dir() else path
+    if not file.is_file():
+        raise Missing(f"tokenizer is {str(path)!r}; there is no such file.")
+    try:
+        tokenizer = Tokenizer.from_file(str(file))
+    except Exception as error:  # the package raises nothing narrower
+        raise BadValue(
+            f"tokenizer {file} is not a tokenizer.json: {first_line(error)}."
+        ) from error
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    named = _named(file.with_name(SETTINGS))
+    found = []
+    for key, usual in (("bos_token", BEGINS), ("eos_token", ENDS)):
+        names = (named[key],) if key in named else usual
+        has = (n for n in names if n is not None and tokenizer.token_to_id(n) is not None)
+        found.append(next(has, None))
+    return Vocabulary(tokenizer, *found)
+
+
+def _named(file: Path) -> dict[str, str | None]:
+    """bos_token and eos_token of a tokenizer_config.json, as far as it has them."""
+    if not file.is_file():
+        return {}
+    try:
+        settings = json.loads(file.read_text(encoding="utf-8"))
+        names = {key: settings[key] for key in ("bos_token", "eos_token") if key in settings}
+    except (ValueError, TypeError) as error:
+        raise BadValue(f"{file} is not JSON with a mapping: {first_line(error)}.") from error
+    return {key: _content(value) for key, value in names.items()}
+
+
+def _content(mark: Any) -> str | None:
+    return mark.get("content") if isinstance(mark, dict) else mark
+
+
+def train(texts: Sequence[str], vocab_size: int) -> Vocabulary:
+    """Byte-level BPE with isolated digits; the same texts give the same tokenizer."""
+    tokenizer = Tokenizer(models.BPE())
+    digits = pre_tokenizers.Digits(individual_digits=True)
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, byte_level])
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[BEGIN, END],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return Vocabulary(tokenizer, BEGIN, END)
+
+
+def of_corpus(corpus: Texts, vocab_size: int, cache: Path) -> Vocabulary:
+    """The corpus's own tokenizer of `vocab_size` entries, trained once and cached.
+
+    Raises BadValue where the text does not yield that many entries.
+    """
+    file = cache / f"tokenizer-{vocab_size}-{corpus.sha256[:12]}.json"
+    if file.exists():
+        return Vocabulary(Tokenizer.from_file(str(file)), BEGIN, END)
+    print(f"training a tokenizer of {vocab_size} entries, once: {file}", flush=True)
+    vocabulary = train(corpus.sample(SAMPLE_BYTES), vocab_size)
+    if vocabulary.size != vocab_size:
+        raise BadValue(
+            f"vocab_size is {vocab_size}; it must be at most {vocabulary.size}, what this "
+            "text yields, and at least 258."
+        )
+    cache.mkdir(parents=True, exist_ok=True)
+    disk.replace(file, lambda path: vocabulary.tokenizer.save(str(path)))
+    return vocabulary
