@@ -41,6 +41,11 @@ class Progress:
             begun = f", from step {done}" if done else ""
             print(f"{name}: {total} steps{begun}", flush=True)
 
+    @property
+    def seconds(self) -> float:
+        """Since the loop began."""
+        return time.monotonic() - self.begun
+
     def step(self, *facts: str) -> None:
         """One step is done; `facts` describe it."""
         self.done += 1
@@ -48,7 +53,7 @@ class Progress:
             self.bar.set_postfix_str("  ".join(facts), refresh=False)
             self.bar.update()
         elif self.done % self.every == 0 or self.done == self.total:
-            pace = (time.monotonic() - self.begun) / (self.done - self.before)
+            pace = self.seconds / (self.done - self.before)
             left = pace * (self.total - self.done)
             count = f"step {self.done:>{len(str(self.total))}}/{self.total}"
             print(

@@ -31,7 +31,8 @@ from trinity_lib.session import (
 )
 
 RUNS, CACHE = ROOT / "runs", ROOT / ".cache"
-FLUSH_SECONDS = 15.0
+FLUSH_SECONDS, FLUSH_SHARE = 15.0, 0.01
+"""Time between shards, and its least share of the run so far: a long run has few."""
 
 
 class StepResult(NamedTuple):
@@ -105,7 +106,8 @@ def _step(session: Session, step: Step) -> None:
     elif session.step % config.checkpoint_every == 0:
         _keep(session, f"{checkpoint.ROTATING}{session.step:08d}")
         checkpoint.rotate(session.writer.folder, config.keep)
-    if time.monotonic() - session.flushed > FLUSH_SECONDS:
+    since = time.monotonic() - session.flushed
+    if since > max(FLUSH_SECONDS, FLUSH_SHARE * session.progress.seconds):
         session.writer.flush()
         session.flushed = time.monotonic()
 
