@@ -5,8 +5,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tests.test_tokenizer import foreign
 
+from tests.test_tokenizer import foreign
 from trinity_lib import corpus, data, rows, tokenizer
 from trinity_lib.config import BadValue
 from trinity_lib.data import DataConfig, Documents, Streamed
@@ -18,7 +18,9 @@ TEXTS = ["x = 12\n", "def f(a):\n    return a + 345\n", "The café is in Zürich
 def folder_of_text(folder: Path, documents: int = 40) -> Path:
     folder.mkdir()
     for i in range(documents):
-        (folder / f"{i}.txt").write_text(f"Document {i} says: {'the cat sat. ' * (1 + i % 7)}\n")
+        (folder / f"{i}.txt").write_text(
+            f"Document {i} says: {'the cat sat. ' * (1 + i % 7)}\n"
+        )
     return folder
 
 
@@ -72,6 +74,7 @@ def test_a_foreign_tokenizer_without_marks_is_reported(tmp_path: Path) -> None:
     foreign().save(str(file))
     loaded = data.load(config(source, tokenizer=str(file)), 5, tmp_path / "cache")
     assert "no end mark" in loaded.warnings[0]
+    assert "validation tokens of 'cats' are unknown to the tokenizer" in loaded.warnings[1]
     with pytest.raises(BadValue, match="has 5 entries; the model's vocabulary is 4"):
         data.load(config(source, tokenizer=str(file)), 4, tmp_path / "cache")
 
@@ -113,7 +116,10 @@ def test_changed_text_is_another_corpus(tmp_path: Path) -> None:
         ({"validation_share": 1}, "data.validation_share is 1; it must be at least 2"),
         ({"validation_rows": 0}, "data.validation_rows is 0; it must be at least 1"),
         ({"sources": [{"name": "a", "path": "x"}] * 2}, "it must be sources of unlike names"),
-        ({"sources": [{"name": "a/b", "path": "x"}]}, "source.name is 'a/b'; it must be letters"),
+        (
+            {"sources": [{"name": "a/b", "path": "x"}]},
+            "source.name is 'a/b'; it must be letters",
+        ),
     ],
 )
 def test_settings_out_of_range_are_one_sentence(settings: dict, sentence: str) -> None:

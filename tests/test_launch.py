@@ -4,10 +4,16 @@ import inspect
 import json
 from pathlib import Path
 
+import pandas as pd
 import pytest
 from IPython.core.interactiveshell import InteractiveShell
 
-from trinity_lib import launch, recipes
+from tests.test_resume import cut
+from tests.test_tokenizer import foreign
+from trinity_lib import disk, launch, recipes
+from trinity_lib.config import Refusal
+from trinity_lib.record import Claim
+from trinity_lib.train import CACHE, train
 
 NOTEBOOK = Path(__file__).parent.parent / "notebooks" / "train.ipynb"
 
@@ -42,28 +48,303 @@ def test_text_that_spells_a_value_is_taken() -> None:
     assert launch.configure(recompute="false").recompute is False  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize(
-    ("parameters", "sentence"),
-    [
-        ({"scale": "larg"}, "scale is 'larg'; it must be one of toy, small, nano, mini, large"),
-        ({"scale": "large"}, "scale 'large' needs data and a tokenizer of 200,192 entries"),
-        ({"steps": 0}, "steps is 0; it must be at least 1"),
-        ({"steps": 2.5}, "steps is 2.5; it must be a whole number"),
-        ({"steps": "many"}, "steps is 'many'; it must be a whole number"),
-        ({"seed": -1}, "seed is -1; it must be zero or more"),
-        ({"balance": "sing"}, "method is 'sing'; it must be one of none, sign, smebu"),
-        ({"balance_rate": -0.1}, "balance.rate is -0.1; it must be zero or more"),
-        ({"top_k": 33}, r"top_k is 33; it must be from 1 to num_experts \(32\)"),
-        ({"learning_rate": 0}, "learning_rate is 0.0; it must be above zero"),
-        ({"micro_batches": 5}, "micro_batches is 5; it must be a divisor"),
-        ({"recompute": "maybe"}, "recompute is 'maybe'; it must be true or false"),
-        ({"device": "tpu"}, "device is 'tpu'; it must be one of cpu, cuda"),
-    ],
-)
-def test_bad_parameters_are_one_sentence(parameters: dict, sentence: str) -> None:
-    with pytest.raises(ValueError, match=sentence) as error:
-        launch.configure(**parameters)
-    assert "\n" not in str(error.value)
+def test_every_single_setting_exists_and_is_reached() -> None:
+    values = {"seed": 5, "balance": "none", "optimizer": "adamw", "device": "cpu", "name": "n"}
+    values |= {"balance_rate": 0.5, "recompute": True, "record_choices": True}
+    for name, path in launch.SETTINGS.items():
+        value = values.get(name, 8)
+        found = launch.configure(**{name: value})
+        for part in path.split("."):
+            found = getattr(found, part)
+        assert found == value, name
+
+
+@pytest.fixture(scope="module")
+def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of the user's, with something wrong in most of its files."""
+    top = tmp_path_factory.mktemp("here")
+    text = "".join(f"Sentence {i} says that the cat sat on mat {i * 7}.\n" for i in range(900))
+    write = {
+        "good.txt": text.encode(),
+        "short.txt": b"too short\n",
+        "other.txt": b"nothing known " * 2000,
+        "latin.txt": "café".encode("latin-1"),
+        "zero.txt": b"a\0b",
+        "empty.txt": b"",
+        "image.png": b"\x89PNG",
+        "broken.jsonl": b'{"text": "fine"}\n{"text": \n',
+        "list.jsonl": b"[1, 2]\n",
+        "body.jsonl": b'{"body": "fine"}\n',
+        "seven.jsonl": b'{"text": 7}\n',
+        "fake.parquet": b"PAR1",
+        "words.json": b"{}",
+        "good.nc": b"no run",
+    }
+    for name, content in write.items():
+        (top / name).write_bytes(content)
+    for folder in ("nothing", "runs"):
+        (top / folder).mkdir()
+    pd.DataFrame({"body": ["x"]}).to_parquet(top / "body.parquet")
+    foreign(("</s>",)).save(str(top / "tokenizer.json"))
+    foreign(("</s>",)).save(str(top / "five.json"))
+    unknown = foreign(("[UNK]", "</s>"))
+    unknown.save(str(top / "unknown.json"))
+    return top
+
+
+@pytest.fixture(scope="module")
+def runs(here: Path) -> Path:
+    """Three runs of four steps: complete, cut off after two, and then damaged."""
+    folder = here / "runs"
+    for name in ("complete", "begun", "damaged"):
+        config = launch.configure(**DATA | {"data": str(here / "good.txt"), "name": name})
+        if name == "complete":
+            train(config, runs=folder)
+        else:
+            cut(config, folder, CACHE, 2, pytest.MonkeyPatch())
+    weights = folder / "damaged" / "truebase" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    return folder
+
+
+DATA = {"data": "good.txt", "vocab_size": 270, "steps": 4}
+BAD: list[tuple[dict, str]] = [
+    ({"scale": "larg"}, "scale is 'larg'; it must be one of toy, small, nano, mini, large"),
+    ({"scale": ""}, "scale is ''; it must be one of toy"),
+    ({"scale": 3}, "scale is 3; it must be text"),
+    ({"scale": "nano"}, "scale 'nano' needs data and a tokenizer of 200,192 entries"),
+    ({"scale": "mini"}, "scale 'mini' needs data and a tokenizer of 200,192 entries"),
+    ({"scale": "large"}, "scale 'large' needs data and a tokenizer of 200,192 entries"),
+    ({"scale": "nano", "data": "good.txt"}, "scale 'nano' needs data and a tokenizer"),
+    (
+        {"scale": "nano", "data": "good.txt", "tokenizer": "five.json"},
+        "five.json'; it must be a tokenizer of the model's vocabulary, 200,192 entries, not 6",
+    ),
+    ({"steps": 0}, "steps is 0; it must be at least 1"),
+    ({"steps": -5}, "steps is -5; it must be at least 1"),
+    ({"steps": 2.5}, "steps is 2.5; it must be a whole number"),
+    ({"steps": "many"}, "steps is 'many'; it must be a whole number"),
+    ({"steps": "false"}, "steps is 'false'; it must be a whole number"),
+    ({"steps": True}, "steps is True; it must be a whole number"),
+    ({"steps": "[1, 2]"}, r"steps is '\[1, 2\]'; it must be a whole number"),
+    ({"steps": float("inf")}, "steps is inf; it must be a whole number"),
+    ({"steps": 10**12}, "steps is 1000000000000; it must be at least 1, at most 10,000,000"),
+    ({"seed": -1}, "seed is -1; it must be zero or more"),
+    ({"seed": 0.5}, "seed is 0.5; it must be a whole number"),
+    ({"seed": None}, "seed is None; it must be a whole number"),
+    ({"seed": 2**63}, r"seed is 9223372036854775808; it must be below 2\*\*63"),
+    ({"balance": "sing"}, "balance is 'sing'; it must be one of none, sign, smebu"),
+    ({"balance_rate": -0.1}, "balance.rate is -0.1; it must be zero or more"),
+    ({"balance_rate": "fast"}, "balance_rate is 'fast'; it must be a number"),
+    ({"balance_rate": float("inf")}, "balance_rate is inf; it must be a number"),
+    ({"num_experts": 0}, "num_experts is 0; it must be at least 1"),
+    ({"num_experts": 3}, r"top_k is 4; it must be from 1 to num_experts \(3\)"),
+    ({"num_experts": 10**8}, "scale 'toy' needs .* GB for weights, gradients and momentum"),
+    ({"top_k": 0}, r"top_k is 0; it must be from 1 to num_experts \(32\)"),
+    ({"top_k": 33}, r"top_k is 33; it must be from 1 to num_experts \(32\)"),
+    ({"optimizer": "adam"}, "optimizer is 'adam'; it must be one of muon, adamw"),
+    ({"learning_rate": 0}, "learning_rate is 0.0; it must be above zero"),
+    ({"learning_rate": -1e-3}, "learning_rate is -0.001; it must be above zero"),
+    ({"learning_rate": "nan"}, "learning_rate is nan; it must be a number"),
+    ({"rsdb": -1}, "data.rsdb is -1; it must be 0"),
+    ({"rsdb": 10**9}, "data.rsdb is 1000000000; it must be 0 .* up to 10,000,000"),
+    ({"micro_batches": 0}, "micro_batches is 0; it must be at least 1"),
+    ({"micro_batches": 5}, "micro_batches is 5; it must be a divisor of the batch's 16 rows"),
+    ({"recompute": "maybe"}, "recompute is 'maybe'; it must be true or false"),
+    ({"record_choices": 1}, "record_choices is 1; it must be true or false"),
+    ({"checkpoint_every": 0}, "checkpoint_every is 0; it must be at least 1"),
+    ({"threads": 0}, "threads is 0; it must be at least 1"),
+    ({"threads": 10**6}, "threads is 1000000; it must be at most 1024"),
+    ({"device": "tpu"}, "device is 'tpu'; it must be one of cpu, cuda"),
+    ({"name": "a/b"}, "name is 'a/b'; it must be a file name without slashes"),
+    ({"name": ".hidden"}, "name is '.hidden'; it must be a file name without .* leading dot"),
+    ({"name": "complete"}, "The run 'complete' is complete .*; choose another name"),
+    ({"name": "begun"}, "The run 'begun' was begun before .*; choose another name, or resume"),
+    ({"name": "live"}, "The run 'live' is being written by a live process; choose another"),
+    ({"vocab_size": 100}, "vocab_size is 100; it must be at most .* and at least 258"),
+    (
+        {**DATA, "vocab_size": 9999},
+        "vocab_size is 9999; it must be at most .* this text yields",
+    ),
+    ({**DATA, "vocab_size": 2**40}, "needs .* GB for weights"),
+    ({"vocab_size": 9, "tokenizer": "five.json"}, "vocab_size is 9; it must be the .* own 6"),
+    ({"data": "none.txt"}, r"data is 'none.txt'; nothing is there \(looked in .* or .*\)"),
+    ({"data": "none/*.jsonl"}, r"data is 'none/\*.jsonl'; nothing is there"),
+    ({"data": ""}, "data is ''; it must be a path, or left out"),
+    ({"data": 7}, "data is 7; it must be text"),
+    ({"data": "nothing"}, "nothing'; it holds no .txt, .jsonl, .parquet file"),
+    ({"data": "image.png"}, "image.png'; it must be a .txt, .jsonl, .parquet file or a folder"),
+    ({"data": "empty.txt"}, "empty.txt'; it holds no text"),
+    ({"data": "latin.txt"}, "latin.txt is not UTF-8 text: byte 3 is 0xe9"),
+    ({"data": "zero.txt"}, "zero.txt is not text: it holds a zero byte"),
+    ({"data": "broken.jsonl"}, "broken.jsonl, line 2, is not JSON"),
+    ({"data": "list.jsonl"}, "list.jsonl, line 1, is not a JSON object with a field 'text'"),
+    (
+        {"data": "body.jsonl"},
+        "line 1, has no field 'text'; its fields are body: set text_field",
+    ),
+    ({"data": "seven.jsonl"}, "seven.jsonl, line 1, holds no text in 'text' but 7"),
+    ({"data": "fake.parquet"}, "fake.parquet is not a Parquet file that can be read"),
+    ({"data": "body.parquet"}, "body.parquet has no field 'text'; its fields are body"),
+    (
+        {"data": "good.txt=1:2"},
+        r"weight of good is \(1.0, 2.0\); it must be one number, or one",
+    ),
+    ({"data": "good.txt=0"}, "phase.mixture is {'good': 0.0}; it must be shares of 0 or more"),
+    ({"data": "hf://nothing/../nothing"}, "it cannot be streamed: "),
+    (
+        {"text_field": "body"},
+        "text_field is 'body'; it must be left out where there is no data",
+    ),
+    (
+        {**DATA, "data": "short.txt"},
+        "vocab_size is 270; it must be at most 26., what this text",
+    ),
+    (
+        {"data": "short.txt", "tokenizer": "five.json"},
+        "the validation text of 'short' is . tokens; it needs at least one row of 128",
+    ),
+    ({"tokenizer": "none.json"}, "tokenizer is 'none.json'; nothing is there"),
+    ({"tokenizer": "nothing"}, "tokenizer is '.*nothing'; there is no such file"),
+    ({"tokenizer": "words.json"}, "words.json is not a tokenizer.json"),
+    ({"tokenizer": "image.png"}, "image.png is not a tokenizer.json"),
+    (
+        {"data": "other.txt", "tokenizer": "unknown.json"},
+        "the tokenizer spells nothing of the validation text of 'other'; it must be one that",
+    ),
+    ({"init": "none"}, "init is 'none'; nothing is there"),
+    ({"init": "nothing"}, "nothing is no checkpoint: it has no manifest.json"),
+    (
+        {"init": "runs/damaged/truebase"},
+        "truebase is damaged: model.safetensors has 1,000 bytes and",
+    ),
+    (
+        {"init": "runs/complete/base", "num_experts": 64},
+        "a checkpoint of another model: router.num_experts is 64 and was 32",
+    ),
+    ({"replay": "none.nc"}, "replay is 'none.nc'; nothing is there"),
+    ({"replay": "good.nc"}, "good.nc is not a run file that can be read"),
+    ({**DATA, "replay": "runs/complete.nc"}, "it must be a run that recorded its choices"),
+    ({"resume": "maybe"}, "resume is 'maybe'; it must be true or false"),
+    ({"resume": True}, "no incomplete run of this configuration to resume; leave resume out"),
+    ({"resume": True, "name": "never"}, "There is no run 'never' to resume in"),
+    ({"resume": True, "name": "complete", **DATA}, "The run 'complete' is complete"),
+    (
+        {"resume": True, "name": "begun", **DATA, "seed": 4},
+        "seed is 4 and was 0. Only steps may",
+    ),
+    ({"resume": True, "name": "damaged", **DATA}, "damaged: model.safetensors has 1,000 bytes"),
+    ({"resume": True, "name": "live"}, "The run 'live' is being written by a live process"),
+]
+
+
+@pytest.fixture
+def live(runs: Path):
+    """A run that this process is writing."""
+    claim = Claim(runs / "live")
+    yield claim
+    claim.release()
+
+
+def test_the_table_is_long_enough() -> None:
+    assert len(BAD) >= 60 and len({str(p) for p, _ in BAD}) == len(BAD)
+
+
+@pytest.mark.parametrize(("parameters", "sentence"), BAD, ids=lambda value: str(value)[:40])
+def test_bad_input_is_one_sentence_and_damages_nothing(
+    here: Path,
+    runs: Path,
+    live: Claim,
+    parameters: dict,
+    sentence: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(launch, "RUNS", runs)
+    monkeypatch.chdir(here)
+    before = {path: path.stat().st_mtime_ns for path in here.rglob("*") if path.is_file()}
+    with pytest.raises(Refusal, match=sentence) as error:
+        resume = parameters.get("resume", False)
+        launch.run(launch.configure(**parameters), resume=resume)
+    assert "\n" not in str(error.value) and str(error.value).endswith(".")
+    assert error.value._render_traceback_() == [str(error.value)]
+    after = {path: path.stat().st_mtime_ns for path in here.rglob("*") if path.is_file()}
+    assert after == before
+
+
+def test_a_cuda_that_is_not_there_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch.torch.cuda, "is_available", lambda: False)
+    with pytest.raises(Refusal, match="device is 'cuda'; it must be cpu: this machine has no"):
+        launch.configure(device="cuda")
+
+
+def test_a_disk_that_is_too_small_is_said(
+    here: Path, runs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = disk.shutil.disk_usage
+    monkeypatch.setattr(
+        disk.shutil, "disk_usage", lambda path: usage(path)._replace(free=10**6)
+    )
+    monkeypatch.setattr(launch, "RUNS", runs)
+    config = launch.configure(data=str(here / "good.txt"), vocab_size=270, name="big")
+    with pytest.raises(disk.NoSpace, match=r"big has 1.0 MB free; 6 checkpoints of .* MB need"):
+        launch.run(config)
+    assert not (runs / "big").exists()
+
+
+def test_sources_and_weights_reach_the_phases(here: Path) -> None:
+    found = launch.configure(
+        data=f"{here}/good.txt=3, {here}/body.jsonl=1:0:2", text_field="body"
+    )
+    assert [s.name for s in found.data.sources] == ["good", "body"]
+    assert all(s.field == "body" for s in found.data.sources)
+    assert [p.mixture for p in found.phases] == [
+        {"good": 3.0, "body": 1.0},
+        {"good": 3.0, "body": 0.0},
+        {"good": 3.0, "body": 2.0},
+    ]
+
+
+def test_a_foreign_tokenizer_sets_the_models_vocabulary(here: Path) -> None:
+    config = launch.configure(data=str(here / "good.txt"), tokenizer=str(here / "five.json"))
+    assert config.model.vocab_size == 6
+    assert config.data.tokenizer == str(here / "five.json")
+
+
+def test_a_published_scale_takes_a_tokenizer_of_its_vocabulary(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Sized:
+        size = 200_005
+
+    monkeypatch.setattr(launch.tokenizer, "load", lambda path: Sized())
+    config = launch.configure(
+        scale="large", data=str(here / "good.txt"), tokenizer=str(here / "five.json")
+    )
+    assert config.model == recipes.large().model
+    assert [p.mixture for p in config.phases] == [{"good": 1.0}] * 3
+    with pytest.raises(Refusal, match="scale 'large' needs 4,784 GB for weights"):
+        launch.run(config)
+
+
+def test_first_weights_bring_their_tokenizer_and_vocabulary(runs: Path) -> None:
+    folder = str(runs / "complete" / "base")
+    config = launch.configure(init=folder)
+    assert (config.init, config.data.tokenizer, config.model.vocab_size) == (
+        folder,
+        folder,
+        270,
+    )
+
+
+def test_resuming_takes_the_runs_own_steps(
+    here: Path, runs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launch, "RUNS", runs)
+    own = {"data": str(here / "good.txt"), "vocab_size": 270}
+    found = launch.configure(resume=True, name="begun", **own)
+    assert sum(found.steps) == 4
+    run = launch.run(found, resume="true")  # type: ignore[arg-type]
+    assert run.attrs["status"] == "complete" and run["train"].sizes["step"] == 4
 
 
 def test_a_misspelt_parameter_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

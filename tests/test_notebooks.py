@@ -1,17 +1,22 @@
 """Every notebook at toy scale through papermill; assertions read the run files."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import nbformat
 import numpy as np
+import pandas as pd
 import papermill
 import pytest
 import xarray as xr
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from trinity_lib import metrics
+from trinity_lib import disk, metrics
 from trinity_lib.record import open_run
 from trinity_lib.train import RUNS
 
@@ -20,12 +25,19 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 TRAIN = ROOT / "notebooks" / "train.ipynb"
 
 
+def command(output: Path, **parameters: object) -> list[str]:
+    """The papermill call that the README shows."""
+    words = [sys.executable, "-m", "papermill", str(TRAIN), str(output), "--no-progress-bar"]
+    return words + [
+        word for key, value in parameters.items() for word in ("-p", key, str(value))
+    ]
+
+
 def execute(output: Path, **parameters: object) -> xr.DataTree:
     """Run train.ipynb as the README does, in a process of its own; return its run."""
-    command = [sys.executable, "-m", "papermill", str(TRAIN), str(output), "--no-progress-bar"]
-    for name, value in parameters.items():
-        command += ["-p", name, str(value)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=output.parent)
+    done = subprocess.run(
+        command(output, **parameters), capture_output=True, text=True, cwd=output.parent
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return open_run(printed_run_file(output))
 
@@ -120,15 +132,15 @@ def test_same_parameters_same_bits_and_a_clean_nbdiff(
     }.items():
         for each in names:
             np.testing.assert_array_equal(runs[0][group][each], runs[1][group][each])
-    command = [str(Path(sys.executable).parent / "nbdiff"), "--no-color"]
+    nbdiff = [str(Path(sys.executable).parent / "nbdiff"), "--no-color"]
     paths = [str(folder / "a.ipynb"), str(folder / "b.ipynb")]
-    shown = subprocess.run([*command, *paths], capture_output=True, text=True, cwd=ROOT).stdout
+    shown = subprocess.run([*nbdiff, *paths], capture_output=True, text=True, cwd=ROOT).stdout
     headings = [line for line in shown.splitlines() if line.startswith("##")]
     assert headings
     for heading in headings:
         assert "outputs" in heading or "source" in heading, heading
     sources = subprocess.run(
-        [*command, "-s", *paths], capture_output=True, text=True, cwd=ROOT
+        [*nbdiff, "-s", *paths], capture_output=True, text=True, cwd=ROOT
     ).stdout
     changed = [line for line in sources.splitlines() if line[:1] in "+-" and "  " in line]
     assert changed and all("name" in line for line in changed if "=" in line)
@@ -139,15 +151,95 @@ def test_same_parameters_same_bits_and_a_clean_nbdiff(
     [
         ({"stpes": 3}, "there is no parameter 'stpes'"),
         ({"scale": "larg"}, "scale is 'larg'; it must be one of"),
+        ({"recompute": "falsch"}, "recompute is 'falsch'; it must be true or false"),
+        ({"data": "nowhere/*.txt"}, "data is 'nowhere/*.txt'; nothing is there"),
+        ({"data": "latin.txt"}, "latin.txt is not UTF-8 text: byte 3 is 0xe9"),
     ],
 )
 def test_bad_input_ends_in_one_sentence(folder: Path, parameters: dict, sentence: str) -> None:
-    command = [sys.executable, "-m", "papermill", str(TRAIN), str(folder / "bad.ipynb")]
-    for key, value in parameters.items():
-        command += ["-p", key, str(value)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=folder)
-    assert done.returncode != 0
-    assert sentence in done.stderr
+    (folder / "latin.txt").write_bytes("caf\xe9".encode("latin-1"))
+    output = folder / "bad.ipynb"
+    done = subprocess.run(
+        command(output, **parameters), capture_output=True, text=True, cwd=folder
+    )
+    assert done.returncode == 1
+    assert done.stderr.count("Traceback (most recent call last)") == 1  # papermill's own
+    assert sentence in done.stderr.strip().splitlines()[-1]
+    cells = nbformat.read(output, as_version=4).cells
+    (red,) = [o for c in cells for o in c.get("outputs", []) if o.output_type == "error"]
+    (line,) = red.traceback
+    assert sentence in line and line == red.evalue
+
+
+def test_a_users_text_and_tokenizer_train(
+    folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """A folder of text, a JSONL and a Parquet, and a tokenizer.json of another project."""
+    mine = folder / "mine"
+    mine.mkdir()
+    lines = [
+        f"Line {i} of the story: the {i % 13} cats sat on {i * 3} mats." for i in range(600)
+    ]
+    for i in range(30):
+        (mine / f"{i}.txt").write_text("\n".join(lines[20 * i : 20 * i + 20]))
+    table = pd.DataFrame({"body": lines, "id": range(600)})
+    table.to_parquet(folder / "table.parquet")
+    table.to_json(folder / "lines.jsonl", orient="records", lines=True)
+    made = Tokenizer(models.BPE())
+    made.pre_tokenizer = pre_tokenizers.ByteLevel()
+    made.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=500, special_tokens=["<|endoftext|>"], initial_alphabet=alphabet
+    )
+    made.train_from_iterator(lines, trainer)
+    made.save(str(folder / "tokenizer.json"))
+    run = execute(
+        folder / "mine.ipynb",
+        data="mine=2, table.parquet=1:2:1, lines.jsonl",
+        text_field="body",
+        tokenizer="tokenizer.json",
+        steps=20,
+        name=name(tmp_path_factory, "mine"),
+    )
+    last = run["evaluation"].isel(step=-1, split=0)
+    assert last.domain.values.tolist() == ["mine", "table", "lines"]
+    assert (last["loss"] < last["unigram_entropy"]).all()
+    config = json.loads(run.attrs["config"])
+    assert config["model"]["vocab_size"] == made.get_vocab_size()
+    assert config["phases"][1]["mixture"] == {"mine": 2.0, "table": 2.0, "lines": 1.0}
+
+
+def test_a_killed_notebook_resumes_to_the_bit(
+    folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """SIGKILL to the kernel, as a machine without memory sends it; then `-p resume true`."""
+    parameters = {"steps": 40, "checkpoint_every": 4, "seed": 5}
+    whole = execute(folder / "w.ipynb", name=name(tmp_path_factory, "whole"), **parameters)
+    killed = name(tmp_path_factory, "killed")
+    output = folder / "k.ipynb"
+    process = subprocess.Popen(
+        command(output, name=killed, **parameters),
+        cwd=folder,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    while process.poll() is None and not (RUNS / killed / "step-00000008").exists():
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    for _ in range(100):  # the kernel leads a session of its own, and follows its parent
+        if not disk.locked(RUNS / killed / "lock"):
+            break
+        time.sleep(0.1)
+    assert open_run(RUNS / killed).attrs["status"] == "running"
+    resumed = execute(output, name=killed, resume="true", **parameters)
+    for group in ("train", "routing", "evaluation"):
+        for each, values in whole[group].data_vars.items():
+            if each != "seconds":
+                np.testing.assert_array_equal(values, resumed[group][each])
+    assert json.loads(resumed.attrs["resumed"])[0]["step"] >= 8
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
@@ -168,8 +260,8 @@ def test_notebooks_are_committed_as_agreed(path: Path) -> None:
 
 
 def test_help_lists_every_parameter() -> None:
-    command = [sys.executable, "-m", "papermill", "--help-notebook", str(TRAIN)]
-    shown = subprocess.run(command, capture_output=True, text=True).stdout
+    words = [sys.executable, "-m", "papermill", "--help-notebook", str(TRAIN)]
+    shown = subprocess.run(words, capture_output=True, text=True).stdout
     assert "steps: int" in shown and "Unknown type" not in shown
     for each in papermill.inspect_notebook(str(TRAIN)).values():
         assert each["name"] in shown and each["help"].split()[0] in shown

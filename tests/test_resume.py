@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 import torch
 import xarray as xr
-from tests.test_train import same
 
+from tests.test_train import same
 from trinity_lib import checkpoint, disk, resume
 from trinity_lib.config import BadValue, Missing, Taken, override, to_json
 from trinity_lib.record import Claim, open_run

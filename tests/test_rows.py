@@ -146,7 +146,9 @@ def test_parts_of_a_batch_are_its_rows_in_order(parts: int) -> None:
     for name in Batch._fields:
         together = np.concatenate([getattr(share, name) for share in shares])
         np.testing.assert_array_equal(together, getattr(whole, name))
-    with pytest.raises(BadValue, match="parts is 4; it must be a divisor of the batch's 6 rows"):
+    with pytest.raises(
+        BadValue, match="parts is 4; it must be a divisor of the batch's 6 rows"
+    ):
         rows.share_of(whole, 0, 4)
 
 

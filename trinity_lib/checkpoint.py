@@ -66,7 +66,7 @@ def load(folder: Path) -> Trinity:
     config = model_config(folder)
     with torch.device("meta"):
         model = Trinity(config)
-    tensors = load_file(folder / WEIGHTS)
+    tensors = _load_tensors(folder / WEIGHTS)
     expected = model.state_dict()
     for name in sorted({*expected, *tensors}):
         if name not in expected or name not in tensors:
@@ -81,7 +81,7 @@ def load(folder: Path) -> Trinity:
 
 def load_state(folder: Path) -> State:
     """What a verified checkpoint holds beside the weights."""
-    return State(json.loads((folder / FACTS).read_text()), load_file(folder / STATE))
+    return State(json.loads((folder / FACTS).read_text()), _load_tensors(folder / STATE))
 
 
 def load_vocabulary(folder: Path) -> Vocabulary:
@@ -90,7 +90,8 @@ def load_vocabulary(folder: Path) -> Vocabulary:
 
 
 def model_config(folder: Path) -> ModelConfig:
-    """The shape of a checkpoint's model."""
+    """The shape of a checkpoint's model; Missing where there is none."""
+    _manifest(folder)
     try:
         return build(ModelConfig, json.loads((folder / CONFIG).read_text())["model"])
     except (ValueError, KeyError, TypeError) as error:
@@ -152,6 +153,13 @@ def _described(path: Path) -> dict[str, Any]:
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     return {"bytes": path.stat().st_size, "sha256": digest}
+
+
+def _load_tensors(path: Path) -> dict[str, Tensor]:
+    """Tensors in memory of their own: as mapped from the file they lie at any address, and
+    a matrix product of unaligned memory rounds differently, which a resumed run would show.
+    """
+    return {name: tensor.clone() for name, tensor in load_file(path).items()}
 
 
 def _save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:

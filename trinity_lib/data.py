@@ -27,6 +27,8 @@ IGNORE = -1
 AT_ONCE = 64
 """Documents tokenised together."""
 MOST_OPEN = 10_000_000
+LARGEST_UNKNOWN = 0.01
+"""Share of unknown tokens above which a run says so."""
 STREAM_LIMIT = 100_000
 """Documents of a stream that are read for validation or a tokenizer, at most."""
 
@@ -164,6 +166,7 @@ def load(config: DataConfig, vocab_size: int, cache: Path) -> Loaded:
     for name, hub in hubs.items():
         train[name] = streamed = Streamed(hub, vocabulary, config.validation_share)
         validation[name] = _streamed_validation(streamed, config)
+    warnings += _unknown(validation, vocabulary)
     order = [s.name for s in config.sources] or list(train)
     return Loaded(
         vocabulary,
@@ -194,6 +197,20 @@ def _vocabulary(
         require(False, "tokenizer", config.tokenizer, right)
         raise AssertionError
     return tokenizer.of_corpus(texts, vocab_size, cache)
+
+
+def _unknown(validation: Mapping[str, Documents], vocabulary: Vocabulary) -> list[str]:
+    """A warning for every domain that the tokenizer does not cover."""
+    found: list[str] = []
+    if vocabulary.unknown is None:
+        return found
+    for name, documents in validation.items():
+        share = float((documents.tokens == vocabulary.unknown).mean()) if len(documents) else 0
+        if share > LARGEST_UNKNOWN:
+            found.append(
+                f"{share:.0%} of the validation tokens of {name!r} are unknown to the tokenizer"
+            )
+    return found
 
 
 def _streamed_validation(domain: Streamed, config: DataConfig) -> Documents:

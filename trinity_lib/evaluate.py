@@ -36,7 +36,7 @@ def domain(name: str, batch: Batch, vocabulary: Vocabulary) -> Domain:
     text = target_text(batch, vocabulary)
     if not text:
         raise BadValue(
-            f"the tokenizer spells nothing of {name!r}'s validation text; it must be one "
+            f"the tokenizer spells nothing of the validation text of {name!r}; it must be one "
             "that covers this text."
         )
     counts = np.bincount(batch.targets_BS[batch.targets_BS != IGNORE])

@@ -3,6 +3,7 @@
 import ast
 import dataclasses
 import inspect
+import typing
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -98,7 +99,7 @@ def configure(
 
 def run(config: RunConfig, *, resume: bool = False) -> xr.DataTree:
     """Train here and return the finished run."""
-    return train(config, resumes=convert(bool, resume, "resume"))
+    return train(config, runs=RUNS, resumes=convert(bool, resume, "resume"))
 
 
 def _to_resume(config: RunConfig, given: Mapping[str, Any]) -> RunConfig:
@@ -186,8 +187,20 @@ def _rates(config: RunConfig, peak: float) -> dict[str, float]:
 
 
 def _converted(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Parameters in their own types; a choice is checked here, under its parameter's name."""
     hints = inspect.get_annotations(configure, eval_str=True)
-    return {name: convert(hints[name], value, name) for name, value in given.items()}
+    values = {name: convert(hints[name], value, name) for name, value in given.items()}
+    for name, path in SETTINGS.items():
+        if values[name] is not None:
+            values[name] = convert(_hint(path), values[name], name)
+    return values
+
+
+def _hint(path: str) -> Any:
+    hint: Any = RunConfig
+    for part in path.split("."):
+        hint = typing.get_type_hints(hint)[part]
+    return hint
 
 
 def refuse_unknown(known: Iterable[str]) -> None:

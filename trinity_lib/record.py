@@ -218,25 +218,29 @@ class Writer:
         tree = xr.DataTree.from_dict(groups)
         self._shards += 1
         shard = self.log / f"{last:08d}-{self._shards:06d}.nc"
-        disk.replace(shard, lambda path: tree.to_netcdf(path, engine=ENGINE))
+        _save(tree, shard)
         self._pending = {g: [] for g in SCHEMA}
 
     def close(self, status: str, reason: str = "") -> Path:
         """Record how the run ended; a complete run becomes one file, which is returned."""
+        self.attributes |= {"status": status, "reason": reason, "finished_at": _now()}
         try:
-            self.flush()
-            self.attributes |= {"status": status, "reason": reason, "finished_at": _now()}
-            if status == "complete":  # the file first: a kill in between leaves a whole run
-                tree = _merge(self.folder)
-                tree.attrs = self._attributes()
-                disk.replace(self.file, lambda path: _save(tree, path))
+            if status != "complete":
+                try:
+                    self.flush()
+                finally:  # how it ended is small, and may fit where a shard does not
+                    self.annotate()
+                return self.folder
+            self.flush()  # the file first: a kill in between leaves a whole run
+            tree = _merge(self.folder)
+            tree.attrs = self._attributes()
+            _save(tree, self.file, _packed(tree))
             self.annotate()
-            if status == "complete":
-                for shard in self.log.glob("*.nc"):
-                    shard.unlink()
+            for shard in self.log.glob("*.nc"):
+                shard.unlink()
+            return self.file
         finally:
             self.claim.release()
-        return self.file if status == "complete" else self.folder
 
     def _dataset(self, group: str, rows: Sequence[tuple[int, dict[str, Any]]]) -> xr.Dataset:
         data: dict[str, Any] = {}
@@ -271,7 +275,9 @@ def open_run(path: str | os.PathLike) -> xr.DataTree:
     if (folder / "run.json").is_file():
         tree = _merge(folder)
         if tree.attrs["status"] == "running" and not disk.locked(folder / "lock"):
-            tree.attrs["reason"] = "its process is gone: killed, or the machine stopped"
+            tree.attrs["reason"] = (
+                "its process is gone: killed, or its machine or disk gave out"
+            )
         return tree
     raise Missing(f"There is no run at {path}: neither a .nc file nor a run folder.")
 
@@ -381,12 +387,17 @@ def _merge(folder: Path) -> xr.DataTree:
     return tree
 
 
-def _save(tree: xr.DataTree, path: Path) -> None:
+def _save(tree: xr.DataTree, path: Path, encoding: Mapping[str, Any] | None = None) -> None:
+    """Through memory: HDF5 crashes the process where a disk fills up under it."""
+    content: Any = tree.to_netcdf(engine=ENGINE, encoding=encoding)
+    disk.replace(path, lambda temporary: temporary.write_bytes(content))
+
+
+def _packed(tree: xr.DataTree) -> dict[str, Any]:
     packed = {"zlib": True, "complevel": 1, "shuffle": True}
-    encoding = {
+    return {
         f"/{name}": {
             variable: packed for variable, array in node.data_vars.items() if array.ndim > 2
         }
         for name, node in tree.children.items()
     }
-    tree.to_netcdf(path, engine=ENGINE, encoding=encoding)

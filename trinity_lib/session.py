@@ -67,9 +67,9 @@ def _build(config: RunConfig, claim: Claim, cache: Path) -> Session:
     old = resume.configuration(claim.folder) if claim.begun else None
     step = resume.compare(config, old, claim.folder) if old else 0
     latest = checkpoint.newest(claim.folder) if step else None
+    if config.init:
+        checkpoint.verify(Path(config.init))
     loaded = data.load(config.data, config.model.vocab_size, cache)
-    for warning in loaded.warnings:
-        warnings.warn(warning, stacklevel=4)
     facts = replay.hashes(loaded.sha256, loaded.vocabulary.sha256)
     if claim.begun:
         _require_same_text(claim.folder, facts)
@@ -107,6 +107,8 @@ def _build(config: RunConfig, claim: Claim, cache: Path) -> Session:
     )
     if latest is not None:
         _restore(session, checkpoint.load_state(latest))
+    for warning in loaded.warnings:
+        warnings.warn(warning, stacklevel=4)
     return session
 
 
@@ -267,4 +269,3 @@ def _attributes(config: RunConfig, loaded: Loaded) -> dict[str, Any]:
     if config.init:
         about["init_sha256"] = checkpoint.sha256(Path(config.init))
     return {**provenance(), **about}
-

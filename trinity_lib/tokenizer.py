@@ -41,6 +41,12 @@ class Vocabulary:
         return 1 + max(self.tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
 
     @property
+    def unknown(self) -> int | None:
+        """The token that stands for what the tokenizer does not know, if it has one."""
+        token = getattr(self.tokenizer.model, "unk_token", None)
+        return None if token is None else self.tokenizer.token_to_id(token)
+
+    @property
     def sha256(self) -> str:
         """Hash of the tokenizer's JSON."""
         return hashlib.sha256(self.tokenizer.to_str().encode()).hexdigest()
