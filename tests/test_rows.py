@@ -6,15 +6,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trinity_lib import rows, tokenizer
+from trinity_lib.attention import AttentionConfig, context
 from trinity_lib.config import BadValue
 from trinity_lib.data import IGNORE, Batch, Documents, Streamed
 from trinity_lib.rows import Live, Rows, Shuffled, Stream
 from trinity_lib.sources import Hub, Source, held_out
 
+ATTENTION = AttentionConfig(num_heads=2, num_kv_heads=1, head_dim=4, window=5)
 LENGTHS = st.lists(st.integers(1, 40), min_size=1, max_size=30)
 
 
@@ -64,6 +67,18 @@ def test_pieces_are_runs_of_one_document(lengths: list[int], rsdb: int) -> None:
             part = tokens[pieces == piece]
             assert len(set(owner[part])) == 1
             assert (np.diff(part) == 1).all()
+
+
+@settings(deadline=None, max_examples=30)
+@given(LENGTHS, st.integers(0, 6))
+def test_no_token_sees_across_a_documents_edge(lengths: list[int], rsdb: int) -> None:
+    batch = rows_of(lengths, 16, rsdb).batch(4)
+    seen = context(torch.from_numpy(batch.documents_BS), ATTENTION, torch.float32)
+    owner = np.repeat(np.arange(len(lengths)), lengths)[batch.tokens_BS]
+    for mask in (seen.everything_B1SS, seen.window_B1SS):
+        row, query, key = (i.numpy() for i in torch.where(mask.squeeze(1)))
+        np.testing.assert_array_equal(owner[row, query], owner[row, key])
+        assert (batch.tokens_BS[row, query] >= batch.tokens_BS[row, key]).all()
 
 
 def test_without_rsdb_documents_follow_one_another() -> None:
