@@ -67,6 +67,16 @@ def test_a_kill_between_two_renames_loses_nothing(tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == [".keep", "truebase"]
 
 
+def test_what_dead_processes_left_of_a_cache_goes(tmp_path: Path) -> None:
+    dead = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"],
+                          capture_output=True, text=True).stdout.strip()  # fmt: skip
+    for pid in (dead, os.getpid()):
+        (tmp_path / f"tokens.{pid}.123").mkdir()
+        (tmp_path / f"tokens.{pid}.123" / "half").touch()
+    disk.remove_dead(tmp_path / "tokens")
+    assert [path.name for path in tmp_path.iterdir()] == [f"tokens.{os.getpid()}.123"]
+
+
 def test_a_lock_is_one_processs_and_dies_with_it(tmp_path: Path) -> None:
     path = tmp_path / "lock"
     assert not disk.locked(path)

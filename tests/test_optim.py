@@ -181,7 +181,7 @@ def test_bad_phases(changes: dict, sentence: str) -> None:
         ({"muon_rate": -1}, "optim.muon_rate is -1.0; it must be above zero"),
         ({"optimizer": "sgd"}, "optimizer is 'sgd'; it must be one of muon, adamw"),
         ({"adamw_betas": (0.9, 1.0)}, "optim.adamw_betas is"),
-        ({"clip": math.inf * 0}, "optim.clip is nan"),
+        ({"clip": math.inf * 0}, "clip is nan; it must be a finite number"),
     ],
 )
 def test_bad_settings(changes: dict, sentence: str) -> None:

@@ -120,8 +120,8 @@ def test_a_run_is_named_once(tiny: RunConfig) -> None:
         ({"keep": 0}, "keep is 0; it must be at least 1"),
         ({"checkpoint_every": 0}, "checkpoint_every is 0; it must be at least 1"),
         ({"phases": ()}, "phases is \\(\\); it must be at least one phase"),
-        ({"z_loss": "inf"}, "z_loss is inf; it must be a number"),
-        ({"spike": float("nan")}, "spike is nan; it must be a number"),
+        ({"z_loss": "inf"}, "z_loss is inf; it must be a finite number"),
+        ({"spike": float("nan")}, "spike is nan; it must be a finite number"),
     ],
 )
 def test_settings_out_of_range_are_one_sentence(

@@ -1,6 +1,7 @@
 """What is built before a step: first weights, and what is refused before any work."""
 
 import dataclasses
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 import torch
 import xarray as xr
 
+from tests.test_resume import cut
 from tests.test_train import same
 from trinity_lib import checkpoint, disk
 from trinity_lib.config import BadValue, Missing, override, to_json
@@ -51,6 +53,26 @@ def test_a_run_begins_with_a_checkpoints_weights_and_biases(
     step = abs(bias.sel(step=1) - before).max()
     assert 0 < step < 0.02 if method == "smebu" else (bias == before).all()
     assert float(run["train"]["loss"][0]) < float(first["train"]["loss"][0]) - 0.5
+
+
+def test_a_resumed_run_needs_its_first_weights_no_more(
+    first: xr.DataTree,
+    tiny: RunConfig,
+    runs: Path,
+    cache: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    folder = tmp_path / "weights"
+    shutil.copytree(runs / "first" / "truebase", folder)
+    settings = {"init": str(folder), "checkpoint_every": 2, "name": "cut"}
+    settings |= {"data.tokenizer": str(runs / "first" / "truebase")}
+    config = override(tiny, settings)
+    cut(config, tmp_path, cache, 5, monkeypatch)
+    shutil.rmtree(folder)
+    run = train(config, runs=tmp_path, cache=cache, resumes=True)
+    assert run.attrs["status"] == "complete" and run["train"].sizes["step"] == 10
+    assert run.attrs["init_sha256"] == checkpoint.sha256(runs / "first" / "truebase")
 
 
 @pytest.mark.parametrize(

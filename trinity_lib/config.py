@@ -118,8 +118,9 @@ def _convert_scalar(hint: Any, value: Any, field: str) -> Any:
         require(not isinstance(value, bool), field, value, kind)
         try:
             number = float(value)
-            whole = math.isfinite(number) and number == hint(number)
-            shown, value = number, hint(value) if whole else None
+            finite = math.isfinite(number)
+            kind = kind if finite or hint is int else "a finite number"
+            shown, value = number, hint(value) if finite and number == hint(number) else None
         except (TypeError, ValueError, OverflowError):
             shown, value = value, None
         require(value is not None, field, shown, kind)

@@ -16,7 +16,7 @@ from typing import IO, Literal, NamedTuple
 
 import numpy as np
 
-from trinity_lib import corpus, tokenizer
+from trinity_lib import corpus, disk, tokenizer
 from trinity_lib.config import BadValue, check, require
 from trinity_lib.progress import counted
 from trinity_lib.sources import HUB, Files, Hub, Source, Texts, held_out
@@ -238,6 +238,7 @@ def tokenised(
     known_by = hashlib.sha256(marks.encode()).hexdigest()
     folder = cache / f"tokenised-{texts.sha256[:12]}-{known_by[:12]}"
     if not folder.exists():
+        disk.remove_dead(folder)
         temporary = folder.with_name(f"{folder.name}.{os.getpid()}.{time.time_ns()}")
         temporary.mkdir(parents=True)
         try:

@@ -70,6 +70,24 @@ def tidy(folder: Path) -> None:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
+def remove_dead(folder: Path) -> None:
+    """Remove what processes that are gone left of `folder`, as FOLDER.PID.ANYTHING."""
+    for leftover in folder.parent.glob(f"{folder.name}.*.*"):
+        pid = leftover.name.removeprefix(f"{folder.name}.").partition(".")[0]
+        if pid.isdigit() and not _alive(int(pid)):
+            shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
 def lock(path: Path) -> IO[bytes] | None:
     """An exclusive lock that ends with this process, or None where another holds it."""
     deadline = time.monotonic() + LOCK_PATIENCE

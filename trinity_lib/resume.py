@@ -35,7 +35,7 @@ def find(config: RunConfig, runs: Path, *, own_steps: bool = False) -> RunConfig
         folder, old = found
     phases = old.phases if own_steps else config.phases
     config = dataclasses.replace(config, name=folder.name, phases=phases)
-    compare(config, old, folder)
+    _require_same(config, old, folder)
     return config
 
 
@@ -53,14 +53,10 @@ def configuration(folder: Path) -> RunConfig:
 def compare(config: RunConfig, old: RunConfig, folder: Path) -> int:
     """The step to go on from, 0 for the start; BadValue where it would be another run.
 
+    The checkpoint of that step is verified, to the last byte.
     `steps` may change as long as every step that is done stays what it was.
     """
-    changed = differences(old, config, FREE)
-    if changed:
-        raise BadValue(
-            f"The run {folder.name!r} cannot be resumed so: {'; '.join(changed)}. Only steps "
-            "may change on resume."
-        )
+    _require_same(config, old, folder)
     latest = checkpoint.newest(folder)
     if latest is None:
         return 0
@@ -80,6 +76,15 @@ def compare(config: RunConfig, old: RunConfig, folder: Path) -> int:
                 "must leave what is done as it was."
             )
     return done
+
+
+def _require_same(config: RunConfig, old: RunConfig, folder: Path) -> None:
+    changed = differences(old, config, FREE)
+    if changed:
+        raise BadValue(
+            f"The run {folder.name!r} cannot be resumed so: {'; '.join(changed)}. Only steps "
+            "may change on resume."
+        )
 
 
 def _newest_alike(config: RunConfig, runs: Path) -> tuple[Path, RunConfig] | None:

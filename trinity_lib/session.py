@@ -67,7 +67,7 @@ def _build(config: RunConfig, claim: Claim, cache: Path) -> Session:
     old = resume.configuration(claim.folder) if claim.begun else None
     step = resume.compare(config, old, claim.folder) if old else 0
     latest = checkpoint.newest(claim.folder) if step else None
-    if config.init:
+    if config.init and not claim.begun:
         checkpoint.verify(Path(config.init))
     loaded = data.load(config.data, config.model.vocab_size, cache)
     facts = replay.hashes(loaded.sha256, loaded.vocabulary.sha256)
@@ -88,7 +88,7 @@ def _build(config: RunConfig, claim: Claim, cache: Path) -> Session:
     balancer.bias_LE = torch.stack([router.bias_E for router in model.routers()]).clone()
     writer = Writer(
         claim.folder,
-        {**_attributes(config, loaded), **facts},
+        {**_attributes(config, loaded, claim.begun), **facts},
         _coordinates(config, list(held_out)),
         claim=claim,
         resume_at=step if claim.begun else None,
@@ -247,7 +247,7 @@ def most_tokens(config: RunConfig) -> int:
     return max(batches) * config.data.sequence_length
 
 
-def _attributes(config: RunConfig, loaded: Loaded) -> dict[str, Any]:
+def _attributes(config: RunConfig, loaded: Loaded, begun: bool) -> dict[str, Any]:
     count = count_parameters(config.model)
     text = to_json(config)
     about = {
@@ -266,6 +266,6 @@ def _attributes(config: RunConfig, loaded: Loaded) -> dict[str, Any]:
         "documents": loaded.summary,
         "text": [str(source.path) for source in config.data.sources] or config.data.corpus,
     }
-    if config.init:
+    if config.init and not begun:
         about["init_sha256"] = checkpoint.sha256(Path(config.init))
     return {**provenance(), **about}
