@@ -9,6 +9,7 @@ import heapq
 import itertools
 import json
 import re
+import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from glob import glob
@@ -309,7 +310,9 @@ class Hub:
     def __init__(self, source: Source) -> None:
         self.source = source
         try:
-            import datasets
+            with warnings.catch_warnings():  # tqdm's, of widgets that no one asked for
+                warnings.filterwarnings("ignore", message="IProgress not found")
+                import datasets
         except ImportError as error:
             raise Missing(
                 f"data is {source.path!r}; streaming needs the datasets package: install "
