@@ -5,7 +5,7 @@ import json
 import numpy as np
 import xarray as xr
 
-from trinity_lib.record import SCHEMA
+from trinity_lib.schema import SCHEMA
 
 
 def run(

@@ -10,7 +10,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "trinity_lib"
 MODULES = sorted(p.stem for p in PACKAGE.glob("*.py") if p.stem != "__init__")
 LAYERS = (
-    ("config", "progress", "world"),
+    ("config", "progress", "world", "schema"),
     ("disk", "corpus"),
     ("record", "sources"),
     ("tokenizer", "balance", "metrics"),

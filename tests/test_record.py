@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from trinity_lib import record
-from trinity_lib.record import SCHEMA, Writer, open_run, open_runs
+from trinity_lib.record import Writer, open_run, open_runs
+from trinity_lib.schema import SCHEMA
 
 COORDINATES = {
     "layer": [1, 2],
