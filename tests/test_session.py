@@ -190,6 +190,11 @@ def test_a_model_beyond_this_machines_memory_is_refused(
     assert not list(tmp_path.iterdir())
 
 
+def test_a_folder_that_cannot_be_written_is_said(tiny: RunConfig, cache: Path) -> None:
+    with pytest.raises(BadValue, match="/proc/runs cannot be written: No such file"):
+        train(tiny, runs=Path("/proc/runs"), cache=cache)
+
+
 def test_a_refused_run_leaves_nothing_behind(
     tiny: RunConfig, tmp_path: Path, cache: Path
 ) -> None:

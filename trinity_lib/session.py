@@ -12,7 +12,7 @@ import torch
 
 from trinity_lib import balance, checkpoint, data, disk, evaluate, optim, replay, resume, rows
 from trinity_lib.checkpoint import State
-from trinity_lib.config import BadValue, differences, require, to_json
+from trinity_lib.config import BadValue, Refusal, differences, require, to_json
 from trinity_lib.data import Loaded
 from trinity_lib.experts import backend_info
 from trinity_lib.model import Trinity, count_parameters
@@ -53,7 +53,12 @@ def start(config: RunConfig, runs: Path, cache: Path, *, resumes: bool = False) 
     """
     config = named(config)
     _require_memory(config)
-    claim = Claim(runs / config.name, resume=resumes)
+    try:
+        claim = Claim(runs / config.name, resume=resumes)
+    except OSError as error:
+        if isinstance(error, Refusal):
+            raise
+        raise BadValue(f"{runs} cannot be written: {error.strerror}.") from error
     try:
         return _build(config, claim, cache)
     except BaseException as error:
