@@ -24,6 +24,8 @@ class AttentionConfig:
     """Positions a sliding-window layer sees, its own included."""
     rope_theta: float = 10_000.0
     """Base of the rotary frequencies (sliding-window layers alone have position)."""
+    bias: bool = False
+    """Whether query, key, value and output projections have biases; Trinity's have none."""
 
     def __post_init__(self) -> None:
         check(self)
@@ -31,8 +33,7 @@ class AttentionConfig:
         shared = self.num_kv_heads >= 1 and self.num_heads % self.num_kv_heads == 0
         right = f"a divisor of num_heads ({self.num_heads})"
         require(shared, "num_kv_heads", self.num_kv_heads, right)
-        even = self.head_dim >= 2 and self.head_dim % 2 == 0
-        require(even, "head_dim", self.head_dim, "even and at least 2, for RoPE")
+        require(self.head_dim >= 1, "head_dim", self.head_dim, "at least 1")
         require(self.window >= 1, "window", self.window, "at least 1")
         require(self.rope_theta > 0, "rope_theta", self.rope_theta, "above zero")
 
@@ -109,6 +110,53 @@ def rotate(x_BHSC: Tensor, cos_BSC: Tensor, sin_BSC: Tensor) -> Tensor:
     return x_BHSC * cos_BSC.unsqueeze(1) + turned_BHSC * sin_BSC.unsqueeze(1)
 
 
+class Memory:
+    """One layer's keys and values, preallocated; a sliding layer's is a ring of its window."""
+
+    def __init__(self, batch: int, room: int, config: AttentionConfig, like: Tensor) -> None:
+        shape = (batch, config.num_kv_heads, room, config.head_dim)
+        self.keys_BHPC, self.values_BHPC = like.new_zeros(shape), like.new_zeros(shape)
+        self.room, self.seen = room, 0
+
+    def extend(self, k_BHSC: Tensor, v_BHSC: Tensor) -> tuple[Tensor, Tensor]:
+        """Keep new keys and values; those to attend to: a prompt's own, or all that is held."""
+        S = k_BHSC.shape[2]
+        kept = min(S, self.room)
+        slots = torch.arange(self.seen + S - kept, self.seen + S, device=k_BHSC.device)
+        self.keys_BHPC[:, :, slots % self.room] = k_BHSC[:, :, -kept:]
+        self.values_BHPC[:, :, slots % self.room] = v_BHSC[:, :, -kept:]
+        self.seen += S
+        if self.seen == S:
+            return k_BHSC, v_BHSC
+        held = min(self.seen, self.room)
+        return self.keys_BHPC[:, :, :held], self.values_BHPC[:, :, :held]
+
+    def positions(self) -> Tensor:
+        """The position each held slot will have once the next token is kept."""
+        held = min(self.seen + 1, self.room)
+        slot_P = torch.arange(held, device=self.keys_BHPC.device)
+        return self.seen - (self.seen - slot_P) % self.room
+
+
+def decode_context(
+    starts_B: Tensor, everything: Memory | None, window: Memory | None,
+    config: AttentionConfig, dtype: torch.dtype,
+) -> Context:  # fmt: skip
+    """What one more token of each row may see; `starts_B` is where the row's tokens begin.
+
+    Every held slot of a ring is within the window, so that padding alone is masked.
+    """
+    seen = next(m.seen for m in (everything, window) if m is not None)
+    masks = [
+        (memory.positions() >= starts_B.unsqueeze(1))[:, None, None] if memory else None
+        for memory in (everything, window)
+    ]
+    none = torch.ones(len(starts_B), 1, 1, 1, dtype=torch.bool, device=starts_B.device)
+    everything_B11P, window_B11P = (none if mask is None else mask for mask in masks)
+    cos_B1C, sin_B1C = rotary((seen - starts_B).unsqueeze(1), config, dtype)
+    return Context(everything_B11P, window_B11P, cos_B1C, sin_B1C)
+
+
 class Attention(nn.Module):
     """One attention layer (technical report, equations 1-14).
 
@@ -124,16 +172,18 @@ class Attention(nn.Module):
         self.is_global = is_global
         inner = config.num_heads * config.head_dim
         shared = config.num_kv_heads * config.head_dim
-        self.query = nn.Linear(width, inner, bias=False)
-        self.key = nn.Linear(width, shared, bias=False)
-        self.value = nn.Linear(width, shared, bias=False)
+        self.query = nn.Linear(width, inner, bias=config.bias)
+        self.key = nn.Linear(width, shared, bias=config.bias)
+        self.value = nn.Linear(width, shared, bias=config.bias)
         self.gate = nn.Linear(width, inner, bias=False)
-        self.out = nn.Linear(inner, width, bias=False)
+        self.out = nn.Linear(inner, width, bias=config.bias)
         self.query_norm = RMSNorm(config.head_dim, eps)
         self.key_norm = RMSNorm(config.head_dim, eps)
 
-    def forward(self, x_BSD: Tensor, context: Context) -> Tensor:
-        """Attend over `x_BSD`, already normed; returns [B, S, D]."""
+    def forward(
+        self, x_BSD: Tensor, context: Context, memory: "Memory | None" = None
+    ) -> Tensor:
+        """Attend over `x_BSD`, already normed, and what `memory` holds; returns [B, S, D]."""
         B, S, _ = x_BSD.shape
         split = (B, S, -1, self.config.head_dim)
         q_BHSC = self.query_norm(self.query(x_BSD).view(split)).transpose(1, 2)
@@ -142,6 +192,8 @@ class Attention(nn.Module):
         if not self.is_global:
             q_BHSC = rotate(q_BHSC, context.cos_BSC, context.sin_BSC)
             k_BHSC = rotate(k_BHSC, context.cos_BSC, context.sin_BSC)
+        if memory is not None:
+            k_BHSC, v_BHSC = memory.extend(k_BHSC, v_BHSC)
         mask_B1SS = context.everything_B1SS if self.is_global else context.window_B1SS
         mixed_BHSC = F.scaled_dot_product_attention(
             q_BHSC, k_BHSC, v_BHSC, attn_mask=mask_B1SS, enable_gqa=True

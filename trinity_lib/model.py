@@ -3,13 +3,22 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from trinity_lib.attention import Attention, AttentionConfig, Context, RMSNorm, context
+from trinity_lib.attention import (
+    Attention,
+    AttentionConfig,
+    Context,
+    Memory,
+    RMSNorm,
+    context,
+    decode_context,
+)
 from trinity_lib.config import check, require
 from trinity_lib.experts import Experts, SwiGLU
 from trinity_lib.routing import Router, RouterConfig, Routing, Select
@@ -35,8 +44,18 @@ class ModelConfig:
     """Experts every token takes; they form one SwiGLU of that many times expert_width."""
     global_every: int = 4
     """Layer i (from 0) is global where (i + 1) is a multiple of this, else sliding-window."""
+    layer_types: tuple[Literal["sliding_attention", "full_attention"], ...] = ()
+    """Every layer's kind, where `global_every` does not say it."""
     norm_eps: float = 1e-5
     """Epsilon of every RMSNorm."""
+    tied: bool = False
+    """Whether the head is the embedding."""
+    scale_embedding: bool = True
+    """Whether the embedding is multiplied by sqrt(width) (muP)."""
+    max_positions: int = 131_072
+    """Longest context a served model promises; nothing here depends on it."""
+    load_balance_coeff: float | None = None
+    """Balancing rate that a released configuration names; nothing here depends on it."""
     attention: AttentionConfig
     """Heads and window."""
     router: RouterConfig
@@ -48,9 +67,17 @@ class ModelConfig:
             require(getattr(self, field) >= 1, field, getattr(self, field), "at least 1")
         for field in ("dense_width", "expert_width"):
             require(getattr(self, field) >= 1, field, getattr(self, field), "at least 1")
-        fits = 0 <= self.num_dense_layers < self.num_layers
-        right = f"from 0 to num_layers - 1 ({self.num_layers - 1})"
+        fits = 0 <= self.num_dense_layers <= self.num_layers
+        right = f"from 0 to num_layers ({self.num_layers})"
         require(fits, "num_dense_layers", self.num_dense_layers, right)
+        all_of_them = len(self.layer_types) in (0, self.num_layers)
+        right = f"one for each of the {self.num_layers} layers, or none"
+        require(all_of_them, "layer_types", self.layer_types, right)
+        even = self.attention.head_dim % 2 == 0 or all(
+            map(self.is_global, range(self.num_layers))
+        )
+        require(even, "head_dim", self.attention.head_dim, "even, for RoPE")
+        require(self.max_positions >= 1, "max_positions", self.max_positions, "at least 1")
         enough = self.num_shared_experts >= 0
         require(enough, "num_shared_experts", self.num_shared_experts, "zero or more")
         require(self.norm_eps > 0, "norm_eps", self.norm_eps, "above zero")
@@ -62,6 +89,8 @@ class ModelConfig:
 
     def is_global(self, layer: int) -> bool:
         """Whether a layer sees the whole document (and no position)."""
+        if self.layer_types:
+            return self.layer_types[layer] == "full_attention"
         return (layer + 1) % self.global_every == 0
 
 
@@ -74,6 +103,15 @@ class Output(NamedTuple):
     """One per MoE layer, in layer order, over T = B*S tokens."""
     hidden: tuple[Tensor, ...]
     """Residual stream [B, S, D]: embedding, then after each layer; empty unless asked for."""
+
+
+class Cache(NamedTuple):
+    """What decoding has seen so far; `Trinity.cache` makes one, `forward` fills it."""
+
+    starts_B: Tensor
+    """Where each row's tokens begin, behind its padding."""
+    memories: tuple[Memory, ...]
+    """Keys and values of every layer."""
 
 
 class Block(nn.Module):
@@ -108,9 +146,10 @@ class Block(nn.Module):
         context: Context,
         select: Select | None = None,
         experts_TK: Tensor | None = None,
+        memory: Memory | None = None,
     ) -> tuple[Tensor, Routing | None]:
         """The layer's output and, with experts, its routing."""
-        mixed_BSD = self.attention(self.attention_norm(h_BSD), context)
+        mixed_BSD = self.attention(self.attention_norm(h_BSD), context, memory)
         h_BSD = h_BSD + self.attention_post_norm(mixed_BSD)
         x_BSD = self.mlp_norm(h_BSD)
         routing = None
@@ -139,7 +178,9 @@ class Trinity(nn.Module):
         self.embedding = nn.Embedding(config.vocab_size, config.width)
         self.blocks = nn.ModuleList(Block(config, i) for i in range(config.num_layers))
         self.norm = RMSNorm(config.width, config.norm_eps)
-        self.head = nn.Linear(config.width, config.vocab_size, bias=False)
+        self.head = None
+        if not config.tied:
+            self.head = nn.Linear(config.width, config.vocab_size, bias=False)
 
     def forward(
         self,
@@ -150,13 +191,17 @@ class Trinity(nn.Module):
         replay: Sequence[Tensor] | None = None,
         hidden: bool = False,
         recompute: bool = False,
+        cache: Cache | None = None,
+        last: bool = False,
     ) -> Output:
         """Logits, routing and, if asked, hidden states of packed rows.
 
         `documents_BS` numbers each row's documents (below 0: padding); without it a row is
         one document. `select` is a balancer's; without it the stored biases choose.
         `replay` gives every MoE layer's experts_TK instead. `recompute` keeps no
-        activations inside blocks and computes them again in backward.
+        activations inside blocks and computes them again in backward. `cache` keeps keys
+        and values: empty it takes prompts, padded on the left; later one more token of each
+        row. `last` gives the logits of the last position alone.
         """
         if documents_BS is None:
             documents_BS = torch.zeros_like(tokens_BS)
@@ -165,8 +210,10 @@ class Trinity(nn.Module):
                 f"replay has {len(replay)} layers; the model has "
                 f"{len(self.config.moe_layers)} MoE layers."
             )
-        h_BSD = self.embedding(tokens_BS) * math.sqrt(self.config.width)
-        shared = context(documents_BS, self.config.attention, h_BSD.dtype)
+        h_BSD = self.embedding(tokens_BS)
+        if self.config.scale_embedding:
+            h_BSD = h_BSD * math.sqrt(self.config.width)
+        shared = self._context(documents_BS, cache, h_BSD.dtype)
         states, routings = [h_BSD], []
         for i, block in enumerate(self.blocks):
             moe = i - self.config.num_dense_layers
@@ -176,13 +223,40 @@ class Trinity(nn.Module):
                     block, h_BSD, shared, select, experts_TK, use_reentrant=False
                 )
             else:
-                h_BSD, routing = block(h_BSD, shared, select, experts_TK)
+                memory = None if cache is None else cache.memories[i]
+                h_BSD, routing = block(h_BSD, shared, select, experts_TK, memory)
             if routing is not None:
                 routings.append(routing)
             if hidden:
                 states.append(h_BSD)
-        logits_BSV = self.head(self.norm(h_BSD))
+        h_BSD = self.norm(h_BSD)
+        head_VD = self.embedding.weight if self.head is None else self.head.weight
+        logits_BSV = F.linear(h_BSD[:, -1:] if last else h_BSD, head_VD)
         return Output(logits_BSV, tuple(routings), tuple(states) if hidden else ())
+
+    def cache(self, starts_B: Tensor, room: int) -> Cache:
+        """An empty cache for `room` positions a row; sliding layers keep their window."""
+        config, like = self.config.attention, self.embedding.weight
+        memories = tuple(
+            Memory(
+                len(starts_B),
+                room if self.config.is_global(i) else min(room, config.window),
+                config,
+                like,
+            )
+            for i in range(self.config.num_layers)
+        )
+        return Cache(starts_B, memories)
+
+    def _context(
+        self, documents_BS: Tensor, cache: Cache | None, dtype: torch.dtype
+    ) -> Context:
+        if cache is None or cache.memories[0].seen == 0:
+            return context(documents_BS, self.config.attention, dtype)
+        of_kind = {self.config.is_global(i): m for i, m in enumerate(cache.memories)}
+        return decode_context(
+            cache.starts_B, of_kind.get(True), of_kind.get(False), self.config.attention, dtype
+        )
 
     def routers(self) -> list[Router]:
         """The routers of the MoE layers, in layer order."""
@@ -207,8 +281,10 @@ class Trinity(nn.Module):
                 module.weight_D.fill_(module.initial_gain)
             elif isinstance(module, Router):
                 module.bias_E.zero_()
-        for parameter in self.parameters():
-            if parameter.dim() > 1:
+        for name, parameter in self.named_parameters():
+            if name.endswith(".bias"):
+                parameter.zero_()
+            elif parameter.dim() > 1:
                 nn.init.trunc_normal_(
                     parameter, std=sigma, a=-3 * sigma, b=3 * sigma, generator=generator
                 )
@@ -239,6 +315,7 @@ def count_parameters(config: ModelConfig) -> ParameterCount:
     routed = sum(p.numel() for module in experts for p in module.parameters())
     per_choice = routed // config.router.num_experts
     embedding = model.embedding.weight.numel()
-    head = model.head.weight.numel()
-    active = total - routed + per_choice * config.router.top_k - embedding - head
-    return ParameterCount(total, bias, active, active + head, active + head + embedding)
+    head = embedding  # of the same shape, tied or not
+    apart = embedding if config.tied else embedding + head
+    active = total - routed + per_choice * config.router.top_k - apart
+    return ParameterCount(total, bias, active, active + head, active + apart)

@@ -264,7 +264,8 @@ def build(model: Trinity, config: OptimConfig) -> list[torch.optim.Optimizer]:
 def split(model: Trinity) -> tuple[list[nn.Parameter], list[nn.Parameter], list[nn.Parameter]]:
     """(matrices stored [.., fan_out, fan_in], those stored transposed, everything else)."""
     down = {id(m.down_EFD) for m in model.modules() if isinstance(m, Experts)}
-    other = {id(model.embedding.weight), id(model.head.weight)}
+    other = {id(model.embedding.weight)}
+    other |= set() if model.head is None else {id(model.head.weight)}
     other |= {id(router.weight_ED) for router in model.routers()}
     matrices: list[nn.Parameter] = []
     transposed: list[nn.Parameter] = []

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,11 @@ class RouterConfig:
     top_k: int
     """Routed experts a token takes."""
     route_scale: float = 1.0
-    """Factor on the normalised routing weights."""
+    """Factor on the routing weights."""
+    score: Literal["sigmoid", "softmax"] = "sigmoid"
+    """What makes affinities of router logits; Trinity's is the sigmoid."""
+    normalise: bool = True
+    """Whether a token's routing weights are divided by their sum; never under softmax."""
 
     def __post_init__(self) -> None:
         check(self)
@@ -30,17 +34,19 @@ class RouterConfig:
         in_range = 1 <= self.top_k <= self.num_experts
         require(in_range, "top_k", self.top_k, f"from 1 to num_experts ({self.num_experts})")
         require(self.route_scale > 0, "route_scale", self.route_scale, "above zero")
+        allowed = not (self.normalise and self.score == "softmax")
+        require(allowed, "normalise", self.normalise, "false where the score is softmax")
 
 
 class Routing(NamedTuple):
     """One layer's routing of one micro-batch. Balancers and metrics are functions of it."""
 
     scores_TE: Tensor
-    """Sigmoid affinities, fp32 (float64 in a float64 model), with their graph."""
+    """Affinities, fp32 (float64 in a float64 model), with their graph."""
     experts_TK: Tensor
     """Chosen experts, int64, best first."""
     weights_TK: Tensor
-    """What each chosen expert's output is multiplied by; sums to route_scale."""
+    """What each chosen expert's output is multiplied by; normalised, sums to route_scale."""
 
 
 class Router(nn.Module):
@@ -67,7 +73,8 @@ class Router(nn.Module):
         precise = torch.promote_types(x_TD.dtype, torch.float32)
         with torch.autocast(x_TD.device.type, enabled=False):
             logits_TE = x_TD.to(precise) @ self.weight_ED.to(precise).T
-            scores_TE = logits_TE.sigmoid()
+            sigmoid = self.config.score == "sigmoid"
+            scores_TE = logits_TE.sigmoid() if sigmoid else logits_TE.softmax(-1)
         if experts_TK is None:
             with torch.no_grad():
                 ranking_TE = (
@@ -75,5 +82,6 @@ class Router(nn.Module):
                 )
                 experts_TK = ranking_TE.topk(self.config.top_k, dim=-1).indices
         weights_TK = scores_TE.gather(-1, experts_TK)
-        weights_TK = weights_TK / (weights_TK.sum(-1, keepdim=True) + 1e-20)
+        if self.config.normalise:
+            weights_TK = weights_TK / (weights_TK.sum(-1, keepdim=True) + 1e-20)
         return Routing(scores_TE, experts_TK, weights_TK * self.config.route_scale)

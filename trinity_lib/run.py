@@ -74,6 +74,9 @@ class RunConfig:
         require(self.seed >= 0, "seed", self.seed, "zero or more")
         require(self.seed < 2**63, "seed", self.seed, "below 2**63")
         require(self.threads <= 1024, "threads", self.threads, "at most 1024")
+        experts = len(self.model.moe_layers)
+        right = f"below num_layers ({self.model.num_layers}): a run trains a router"
+        require(experts > 0, "num_dense_layers", self.model.num_dense_layers, right)
         require(len(self.phases) > 0, "phases", self.phases, "at least one phase")
         counts = ("micro_batches", "evaluate_every", "record_every", "log_every", "threads")
         for name in (*counts, "checkpoint_every", "keep"):

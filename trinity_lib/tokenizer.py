@@ -41,6 +41,15 @@ class Vocabulary:
         return 1 + max(self.tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
 
     @property
+    def ids(self) -> dict[str, int | None]:
+        """The marks' tokens, as a model's config.json names them."""
+        marks = {"bos_token_id": self.begin, "eos_token_id": self.end}
+        return {
+            key: None if mark is None else self.tokenizer.token_to_id(mark)
+            for key, mark in marks.items()
+        }
+
+    @property
     def unknown(self) -> int | None:
         """The token that stands for what the tokenizer does not know, if it has one."""
         token = getattr(self.tokenizer.model, "unk_token", None)
@@ -68,6 +77,7 @@ class Vocabulary:
         """Write tokenizer.json, and the marks as transformers names them."""
         self.tokenizer.save(str(folder / FILE))
         names = {"bos_token": self.begin, "eos_token": self.end}
+        names["tokenizer_class"] = "PreTrainedTokenizerFast"
         (folder / SETTINGS).write_text(json.dumps(names))
 
 
