@@ -96,7 +96,7 @@ def test_no_gradient_crosses_a_documents_edge() -> None:
     ("changes", "sentence"),
     [
         ({"num_heads": 5}, r"num_kv_heads is 2; it must be a divisor of num_heads \(5\)"),
-        ({"head_dim": 3}, "head_dim is 3; it must be even"),
+        ({"head_dim": 0}, "head_dim is 0; it must be at least 1"),
         ({"window": 0}, "window is 0; it must be at least 1"),
     ],
 )

@@ -213,7 +213,7 @@ BAD: list[tuple[dict, str]] = [
         "the tokenizer spells nothing of the validation text of 'other'; it must be one that",
     ),
     ({"init": "none"}, "init is 'none'; nothing is there"),
-    ({"init": "nothing"}, "nothing is no checkpoint: it has no manifest.json"),
+    ({"init": "nothing"}, "nothing is no checkpoint: it has no config.json"),
     (
         {"init": "runs/damaged/truebase"},
         "truebase is damaged: model.safetensors has 1,000 bytes and",

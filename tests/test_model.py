@@ -198,8 +198,8 @@ def test_counting_allocates_nothing_and_matches_a_real_model(tiny_model: ModelCo
     ("changes", "sentence"),
     [
         (
-            {"num_dense_layers": 4},
-            r"num_dense_layers is 4; it must be from 0 to num_layers - 1",
+            {"num_dense_layers": 5},
+            r"num_dense_layers is 5; it must be from 0 to num_layers \(4\)",
         ),
         ({"width": 0}, "width is 0; it must be at least 1"),
         ({"vocab_size": -1}, "vocab_size is -1"),

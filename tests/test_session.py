@@ -84,7 +84,7 @@ def test_a_resumed_run_needs_its_first_weights_no_more(
             {"data.tokenizer": "", "seed": 0, "model.vocab_size": 300},
             "vocab_size is 300 and was",
         ),
-        ({"init": "/nowhere"}, "/nowhere is no checkpoint: it has no manifest.json"),
+        ({"init": "/nowhere"}, "/nowhere is no checkpoint: it has no config.json"),
     ],
 )
 def test_weights_of_another_model_are_refused(

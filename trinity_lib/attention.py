@@ -97,7 +97,8 @@ def rotary(
     """Cosines and sines [B, S, C] in the rotate-half convention (Su et al. 2021)."""
     precise = torch.promote_types(dtype, torch.float32)
     half = torch.arange(0, config.head_dim, 2, device=positions_BS.device, dtype=precise)
-    frequencies = config.rope_theta ** (-half / config.head_dim)
+    # As transformers computes them: another order of operations moves late positions.
+    frequencies = 1.0 / config.rope_theta ** (half / config.head_dim)
     angles = positions_BS.unsqueeze(-1).to(precise) * frequencies
     angles = torch.cat([angles, angles], dim=-1)
     return angles.cos().to(dtype), angles.sin().to(dtype)

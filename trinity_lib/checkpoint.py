@@ -1,7 +1,9 @@
-"""Checkpoints as folders: weights, configuration, tokenizer, and what resuming needs.
+"""Checkpoints as folders: a released model's layout, and beside it what resuming needs.
 
-Tensors are safetensors and everything else is JSON; nothing is pickled. A folder is written
-whole or not at all, and its manifest says what it holds, so that a damaged one is refused.
+Every checkpoint is an AFMoE one (`hub`), so transformers, vLLM and llama.cpp's converter
+read it as it is. Tensors are safetensors and everything else is JSON; nothing is pickled. A
+folder is written whole or not at all, and its manifest says what it holds, so that a damaged
+one is refused.
 """
 
 import hashlib
@@ -10,16 +12,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from trinity_lib import disk, tokenizer
-from trinity_lib.config import BadValue, Missing, build, first_line
-from trinity_lib.model import ModelConfig, Trinity
+from trinity_lib import disk, hub, tokenizer
+from trinity_lib.config import BadValue, Missing, first_line
+from trinity_lib.model import Trinity
 from trinity_lib.tokenizer import Vocabulary
 
-WEIGHTS, CONFIG, MANIFEST = "model.safetensors", "config.json", "manifest.json"
+RUN, MANIFEST = "run.json", "manifest.json"
 STATE, FACTS = "state.safetensors", "state.json"
 ROTATING = "step-"
 """Beginning of the names of checkpoints that later ones replace."""
@@ -39,16 +40,14 @@ def save(
 ) -> None:
     """Write a checkpoint, whole or not at all; an existing folder is replaced.
 
-    `config_json` is the run configuration whose key `model` describes the weights. The
-    selection biases are among the tensors.
+    `config_json` is the run's configuration, kept as it is.
     """
 
     def write(temporary: Path) -> None:
-        _save_tensors(temporary / WEIGHTS, model.state_dict())
+        hub.write(model, temporary, tokenizer=vocabulary)
         _save_tensors(temporary / STATE, state.tensors)
         (temporary / FACTS).write_text(json.dumps(state.facts))
-        (temporary / CONFIG).write_text(config_json)
-        vocabulary.save(temporary)
+        (temporary / RUN).write_text(config_json)
         files = {path.name: _described(path) for path in sorted(temporary.iterdir())}
         manifest = {"step": state.facts["step"], "files": files}
         (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1))
@@ -57,26 +56,20 @@ def save(
 
 
 def load(folder: Path) -> Trinity:
-    """The model of a checkpoint folder, on the CPU, in the dtype it was saved in.
+    """The model of a checkpoint folder, ours or any AFMoE one, on the CPU, as it was saved.
 
     Raises Missing where the folder is no checkpoint, and BadValue where it is damaged or
     its weights are not the configuration's.
     """
-    verify(folder)
-    config = model_config(folder)
-    with torch.device("meta"):
-        model = Trinity(config)
-    tensors = _load_tensors(folder / WEIGHTS)
-    expected = model.state_dict()
-    for name in sorted({*expected, *tensors}):
-        if name not in expected or name not in tensors:
-            where = WEIGHTS if name in tensors else CONFIG
-            raise BadValue(f"{folder}: only {where} knows the tensor {name!r}.")
-        here, right = list(tensors[name].shape), list(expected[name].shape)
-        if here != right:
-            raise BadValue(f"{folder}: {name} has shape {here}; its {CONFIG} asks for {right}.")
-    model.load_state_dict(tensors, assign=True)
-    return model
+    check(folder)
+    return hub.load(folder)
+
+
+def check(folder: Path) -> None:
+    """Refuse a folder that is no checkpoint; where there is a manifest, by content first."""
+    if (folder / MANIFEST).exists():
+        verify(folder)
+    hub.inspect(folder)
 
 
 def load_state(folder: Path) -> State:
@@ -87,17 +80,6 @@ def load_state(folder: Path) -> State:
 def load_vocabulary(folder: Path) -> Vocabulary:
     """The tokenizer the weights were trained with."""
     return tokenizer.load(folder)
-
-
-def model_config(folder: Path) -> ModelConfig:
-    """The shape of a checkpoint's model; Missing where there is none."""
-    _manifest(folder)
-    try:
-        return build(ModelConfig, json.loads((folder / CONFIG).read_text())["model"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise BadValue(
-            f"{folder / CONFIG} is not a run's configuration: {first_line(error)}."
-        ) from error
 
 
 def verify(folder: Path) -> dict[str, Any]:
@@ -118,8 +100,10 @@ def verify(folder: Path) -> dict[str, Any]:
 
 
 def sha256(folder: Path) -> str:
-    """Hash of a checkpoint's weights, from its manifest."""
-    return _manifest(folder)["files"][WEIGHTS]["sha256"]
+    """One hash of a checkpoint's weights, whoever wrote it."""
+    files = sorted({path.name: path for path in hub.inspect(folder).files.values()}.items())
+    parts = "".join(f"{name} {_described(path)['sha256']}\n" for name, path in files)
+    return hashlib.sha256(parts.encode()).hexdigest()
 
 
 def newest(run: Path) -> Path | None:
@@ -138,14 +122,14 @@ def rotate(run: Path, keep: int) -> None:
 def _manifest(folder: Path) -> dict[str, Any]:
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
-        listed = {WEIGHTS, CONFIG, STATE, FACTS} <= set(manifest["files"])
+        listed = {hub.CONFIG, RUN, STATE, FACTS} <= set(manifest["files"])
         known = isinstance(manifest["step"], int) and listed
     except FileNotFoundError as error:
         raise Missing(f"{folder} is no checkpoint: it has no {MANIFEST}.") from error
     except (ValueError, KeyError, TypeError) as error:
         raise BadValue(f"{folder / MANIFEST} is damaged: {first_line(error)}.") from error
     if not known:
-        raise BadValue(f"{folder / MANIFEST} is damaged: it does not list the weights.")
+        raise BadValue(f"{folder / MANIFEST} is damaged: it does not list all that is needed.")
     return manifest
 
 

@@ -170,21 +170,32 @@ def save(
 
     The folder is written whole or not at all. Tensors keep the model's dtypes.
     """
-    folder = Path(folder)
-
-    def write(temporary: Path) -> None:
-        write_weights(model, temporary, shard_bytes)
-        settings = config_json(model.config, model.embedding.weight.dtype)
-        if tokenizer is not None:
-            tokenizer.save(temporary)
-            settings |= tokenizer.ids
-        (temporary / CONFIG).write_text(json.dumps(settings, indent=2) + "\n")
-
-    disk.replace_folder(folder, write)
+    if shard_bytes < 1:
+        raise BadValue(f"shard_bytes is {shard_bytes}; it must be at least 1.")
+    disk.replace_folder(
+        Path(folder),
+        lambda temporary: write(model, temporary, tokenizer=tokenizer, shard_bytes=shard_bytes),
+    )
 
 
-def write_weights(model: Trinity, folder: Path, shard_bytes: int = SHARD_BYTES) -> None:
-    """Only the tensors: one file, or shards of at most `shard_bytes` and their index."""
+def write(
+    model: Trinity,
+    folder: Path,
+    *,
+    tokenizer: Vocabulary | None = None,
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """The files of `save`, into a folder that is there."""
+    _write_weights(model, folder, shard_bytes)
+    settings = config_json(model.config, model.embedding.weight.dtype)
+    if tokenizer is not None:
+        tokenizer.save(folder)
+        settings |= tokenizer.ids
+    (folder / CONFIG).write_text(json.dumps(settings, indent=2) + "\n")
+
+
+def _write_weights(model: Trinity, folder: Path, shard_bytes: int) -> None:
+    """One file, or shards of at most `shard_bytes` and their index."""
     every = views(model)
     for i, block in enumerate(model.blocks):
         if block.is_moe and block.shared is None:  # as transformers has them
@@ -277,7 +288,6 @@ def from_config(values: Mapping[str, Any]) -> ModelConfig:
     kinds = tuple(values.get("layer_types") or ())
     if kinds == tuple(SLIDING if (i + 1) % every else FULL for i in range(layers)):
         kinds = ()
-    sliding = not kinds or SLIDING in kinds
     score = _or(values, "score_func", "sigmoid")
     return ModelConfig(
         vocab_size=values["vocab_size"],
@@ -298,7 +308,7 @@ def from_config(values: Mapping[str, Any]) -> ModelConfig:
             num_heads=heads,
             num_kv_heads=_or(values, "num_key_value_heads", heads),
             head_dim=_or(values, "head_dim", 128),
-            window=_or(values, "sliding_window", 1024) if sliding else 1,
+            window=_or(values, "sliding_window", 1024),
             rope_theta=_theta(values),
             bias=_or(values, "attention_bias", False),
         ),

@@ -12,7 +12,7 @@ import torch
 import xarray as xr
 from IPython import get_ipython
 
-from trinity_lib import checkpoint, recipes, resume, sources, tokenizer
+from trinity_lib import hub, recipes, resume, sources, tokenizer
 from trinity_lib.config import BadValue, Missing, convert, override, require
 from trinity_lib.record import ROOT
 from trinity_lib.run import RunConfig
@@ -125,8 +125,10 @@ def _text(config: RunConfig, given: Mapping[str, Any], published: bool) -> dict[
         require(field is None, "text_field", field, "left out where there is no data")
     if given["init"]:
         folder = _located("init", given["init"], folders)
-        shape = checkpoint.model_config(folder)
-        changes |= {"init": str(folder), "data.tokenizer": str(folder)}
+        shape = hub.read_config(folder)
+        changes["init"] = str(folder)
+        if (folder / tokenizer.FILE).is_file():
+            changes["data.tokenizer"] = str(folder)
         changes["model.vocab_size"] = given["vocab_size"] or shape.vocab_size
     if given["tokenizer"]:
         path = _located("tokenizer", given["tokenizer"], folders)

@@ -10,7 +10,19 @@ from typing import Any
 import numpy as np
 import torch
 
-from trinity_lib import balance, checkpoint, data, disk, evaluate, optim, replay, resume, rows
+from trinity_lib import (
+    balance,
+    checkpoint,
+    data,
+    disk,
+    evaluate,
+    hub,
+    optim,
+    replay,
+    resume,
+    rows,
+    tokenizer,
+)
 from trinity_lib.checkpoint import State
 from trinity_lib.config import BadValue, Refusal, differences, require, to_json
 from trinity_lib.data import Loaded
@@ -73,7 +85,7 @@ def _build(config: RunConfig, claim: Claim, cache: Path) -> Session:
     step = resume.compare(config, old, claim.folder) if old else 0
     latest = checkpoint.newest(claim.folder) if step else None
     if config.init and not claim.begun:
-        checkpoint.verify(Path(config.init))
+        checkpoint.check(Path(config.init))
     loaded = data.load(config.data, config.model.vocab_size, cache)
     facts = replay.hashes(loaded.sha256, loaded.vocabulary.sha256)
     if claim.begun:
@@ -180,13 +192,14 @@ def _held_out(config: RunConfig, loaded: Loaded) -> dict[str, evaluate.Domain]:
 
 
 def _require_alike(config: RunConfig, folder: Path, vocabulary: Vocabulary | None) -> None:
-    changed = differences(checkpoint.model_config(folder), config.model)
+    changed = differences(hub.read_config(folder), config.model)
     if changed:
         raise BadValue(
             f"init is {config.init!r}, a checkpoint of another model: {'; '.join(changed)}."
         )
-    theirs = checkpoint.load_vocabulary(folder)
-    if vocabulary is not None and theirs.sha256 != vocabulary.sha256:
+    named = (folder / tokenizer.FILE).is_file()
+    theirs = checkpoint.load_vocabulary(folder) if named else vocabulary
+    if theirs is not None and vocabulary is not None and theirs.sha256 != vocabulary.sha256:
         raise BadValue(
             f"init is {config.init!r}, whose tokenizer is another than this run's: give "
             f"tokenizer={config.init}."
