@@ -12,15 +12,19 @@ endif
 PIP := $(PY) -m pip --disable-pip-version-check -q
 CODE := trinity_lib tests notebooks benchmarks
 
-.PHONY: setup train test check notebooks bench gpu megablocks
+.PHONY: setup train test check notebooks bench gpu megablocks plugin
 
 setup: $(READY)
 
 .venv/.ready: pyproject.toml constraints.txt
 	test -x .venv/bin/python || $(PYTHON) -m venv .venv
 	$(PIP) install -c constraints.txt -e '.[dev]'
-	$(MAKE) megablocks
+	$(MAKE) megablocks plugin
 	touch $@
+
+# Lets lm_eval know `--model trinity` (one line in site-packages; `--remove` takes it back).
+plugin:
+	$(PY) -m trinity_lib.plugin
 
 # MegaBlocks pins an old torch, so it is installed without its dependencies; and as pure
 # Python, because its CUDA parts do not compile with CUDA 13 (its setup.py offers no switch).

@@ -10,7 +10,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "trinity_lib"
 MODULES = sorted(p.stem for p in PACKAGE.glob("*.py") if p.stem != "__init__")
 LAYERS = (
-    ("config", "progress", "world", "schema"),
+    ("config", "progress", "world", "schema", "plugin"),
     ("disk", "corpus"),
     ("record", "sources"),
     ("tokenizer", "balance", "metrics"),
@@ -18,7 +18,7 @@ LAYERS = (
     ("rows", "experts", "simulate"),
     ("model",),
     ("optim", "losses", "generate", "hub"),
-    ("checkpoint", "parallel", "evaluate"),
+    ("checkpoint", "parallel", "evaluate", "harness"),
     ("run", "plan"),
     ("resume", "replay", "rehearse"),
     ("session",),
