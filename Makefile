@@ -22,9 +22,9 @@ setup: $(READY)
 	$(MAKE) megablocks plugin
 	touch $@
 
-# Lets lm_eval know `--model trinity` (one line in site-packages; `--remove` takes it back).
+# Lets lm_eval know `--model trinity` (one line in site-packages; plugin.remove() takes it back).
 plugin:
-	$(PY) -m trinity_lib.plugin
+	$(PY) -c "from trinity_lib import plugin; plugin.install()"
 
 # MegaBlocks pins an old torch, so it is installed without its dependencies; and as pure
 # Python, because its CUDA parts do not compile with CUDA 13 (its setup.py offers no switch).

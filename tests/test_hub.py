@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from trinity_lib import checkpoint, hub, recipes
+from trinity_lib import afmoe, checkpoint, hub, recipes
 from trinity_lib.config import BadValue, Refusal, override
 from trinity_lib.generate import generate
 from trinity_lib.losses import token_loss
@@ -148,7 +148,7 @@ def compare_gradients(ours: Trinity, theirs) -> None:
     holder = copy.deepcopy(ours)
     for parameter, source in zip(holder.parameters(), ours.parameters(), strict=True):
         parameter.data = torch.zeros_like(source) if source.grad is None else source.grad
-    mine = hub.views(holder)
+    mine = afmoe.views(holder)
     largest = max(
         float(p.grad.abs().max())
         for p in theirs.parameters()
@@ -246,13 +246,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_head_dimension_may_be_odd_where_no_layer_has_positions(tmp_path: Path) -> None:
-    config = hub.from_config(SMALL | {"layer_types": ["full_attention"] * 4, "head_dim": 7})
+    config = afmoe.from_config(SMALL | {"layer_types": ["full_attention"] * 4, "head_dim": 7})
     model = hub.empty(config, "cpu", torch.float32)
     model.initialise(torch.Generator().manual_seed(0))
     hub.save(model, tmp_path / "odd")
     assert hub.load(tmp_path / "odd").config == config
     with pytest.raises(BadValue, match="head_dim is 7; it must be even, for RoPE"):
-        hub.from_config(SMALL | {"head_dim": 7})
+        afmoe.from_config(SMALL | {"head_dim": 7})
 
 
 def test_packed_documents_compute_what_they_do_alone_and_transformers_do_not(
@@ -331,20 +331,20 @@ def test_old_and_new_keys_mean_the_same(folder: Path, tmp_path: Path) -> None:
                topk_group=1, load_balance_coeff=0.001)  # fmt: skip
     config = hub.read_config(old)
     assert config.attention.rope_theta == 500.0 and config.load_balance_coeff == 0.001
-    saved = hub.config_json(config, torch.bfloat16)
+    saved = afmoe.config_json(config, torch.bfloat16)
     assert saved["rope_theta"] == saved["rope_parameters"]["rope_theta"] == 500.0
     assert saved["load_balance_coeff"] == 0.001 and saved["dtype"] == "bfloat16"
     assert (saved["n_group"], saved["topk_group"]) == (1, 1)
-    assert hub.from_config(saved) == config
+    assert afmoe.from_config(saved) == config
 
 
 @pytest.mark.parametrize("scale", ["nano", "mini", "large"])
 def test_the_published_models_have_the_released_names_and_config(scale: str) -> None:
     config = recipes.SCALES[scale]().model
-    saved = hub.config_json(config, torch.bfloat16)
-    assert hub.from_config(saved) == config
+    saved = afmoe.config_json(config, torch.bfloat16)
+    assert afmoe.from_config(saved) == config
     with torch.device("meta"):
-        views = hub.views(Trinity(config))
+        views = afmoe.views(Trinity(config))
     assert sum(v.numel() for v in views.values()) == sum(count_parameters(config)[:2])
     experts, width, hidden = config.router.num_experts, config.width, config.expert_width
     last = f"model.layers.{config.num_layers - 1}.mlp.experts.{experts - 1}"
@@ -354,7 +354,7 @@ def test_the_published_models_have_the_released_names_and_config(scale: str) -> 
 
 def test_loading_needs_little_more_than_the_model(tmp_path: Path) -> None:
     """Peak memory of a process that loads 300 MB stays below 1.3 times that."""
-    config = hub.from_config(SMALL | {"hidden_size": 512, "moe_intermediate_size": 256,
+    config = afmoe.from_config(SMALL | {"hidden_size": 512, "moe_intermediate_size": 256,
                                       "num_experts": 60, "vocab_size": 9000})  # fmt: skip
     model = hub.empty(config, "cpu", torch.float32)
     model.initialise(torch.Generator().manual_seed(0))
@@ -378,7 +378,7 @@ print(peak() - before)
 def test_ten_steps_of_training_from_a_released_checkpoint_are_read_by_transformers(
     tiny: RunConfig, tmp_path: Path, cache: Path
 ) -> None:
-    values = hub.config_json(tiny.model, torch.float32) | {"seed": 5, "eos_token_id": None}
+    values = afmoe.config_json(tiny.model, torch.float32) | {"seed": 5, "eos_token_id": None}
     peer(values).save_pretrained(tmp_path / "released")
     config = override(tiny, {"init": str(tmp_path / "released"), "name": "on"})
     run = train(config, runs=tmp_path, cache=cache)

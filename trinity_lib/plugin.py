@@ -1,10 +1,9 @@
 """Makes `lm_eval --model trinity` find `harness`: lm_eval 0.4.13 looks for no outside models.
 
-`python -m trinity_lib.plugin` writes one line into this Python's site-packages, which waits
-for lm_eval to be imported and then names our model to it; with `--remove` it goes again.
+`install` writes one line into this Python's site-packages, which waits for lm_eval to be
+imported and then names our model to it; `remove` takes it back.
 """
 
-import argparse
 import importlib.util
 import sys
 import sysconfig
@@ -57,17 +56,17 @@ def register() -> None:
         model_registry.register("trinity", target="trinity_lib.harness:TrinityLM")
 
 
-def main() -> None:
-    """Let this Python's lm_eval know `--model trinity`."""
-    parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("--remove", action="store_true", help="take it back")
-    file = Path(sysconfig.get_path("purelib")) / "trinity_lm_eval.pth"
-    if parser.parse_args().remove:
-        file.unlink(missing_ok=True)
-    else:
-        file.write_text(LINE)
-    print(file)
+def install() -> None:
+    """Let this Python's lm_eval know `--model trinity`, from its next start on."""
+    file = _file()
+    file.write_text(LINE)
+    print(f"lm_eval --model trinity: {file}")
 
 
-if __name__ == "__main__":
-    main()
+def remove() -> None:
+    """Take `install` back."""
+    _file().unlink(missing_ok=True)
+
+
+def _file() -> Path:
+    return Path(sysconfig.get_path("purelib")) / "trinity_lm_eval.pth"

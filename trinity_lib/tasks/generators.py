@@ -38,11 +38,11 @@ def facts(**_: Any) -> dict[str, Dataset]:
 def arithmetic(**_: Any) -> dict[str, Dataset]:
     """Problems kept for validation, after three solved ones."""
     rng = Random(corpus.SEED)
-    items = []
+    items: list[dict[str, Any]] = []
     while len(items) < ITEMS:
         (solved,) = world.arithmetic(rng, 1, "train")
         (unseen,) = world.arithmetic(rng, 1, "validation")
-        question, _, answer = unseen.splitlines()[0].rpartition(" = ")
+        question, _equals, answer = unseen.splitlines()[0].rpartition(" = ")
         shown = "\n".join(solved.splitlines()[:3])
         items.append({"question": f"{shown}\n{question} =", "answer": answer})
     return {"test": Dataset.from_list(items)}
@@ -56,7 +56,7 @@ def code(**_: Any) -> dict[str, Dataset]:
         for text in corpus.embedded(CACHE).documents["validation"]["code"]
     ]
     files = [lines for lines in files if len(lines) > 30]
-    items = []
+    items: list[dict[str, Any]] = []
     while len(items) < ITEMS:
         lines, *others = rng.sample(files, 4)
         at = rng.randrange(10, len(lines) - 1)

@@ -1,0 +1,194 @@
+"""The AFMoE architecture as released: names of tensors, keys of config.json.
+
+One list of names, `views`, serves reading and writing: every released tensor is a view of a
+parameter, so that experts are split and stacked without a copy of the whole.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trinity_lib.attention import AttentionConfig
+from trinity_lib.config import BadValue
+from trinity_lib.model import ModelConfig, Trinity
+from trinity_lib.routing import RouterConfig
+
+SLIDING, FULL = "sliding_attention", "full_attention"
+REQUIRED = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "moe_intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_experts",
+    "num_experts_per_tok",
+)
+FIXED: dict[str, tuple[Any, ...]] = {
+    "model_type": ("afmoe",),
+    "hidden_act": (None, "silu", "swish"),
+    "attention_dropout": (None, 0, 0.0),
+    "n_group": (None, 1),
+    "topk_group": (None, 1),
+    "num_expert_groups": (None, 1),
+    "num_limited_groups": (None, 1),
+    "quantization_config": (None,),
+}
+"""Keys of a config.json that this library knows one meaning of."""
+
+
+def views(model: Trinity) -> dict[str, Tensor]:
+    """Every released tensor's name, and the view of a parameter that it is."""
+    found: dict[str, Tensor] = {"model.embed_tokens.weight": model.embedding.weight}
+    for i, block in enumerate(model.blocks):
+        found |= {f"model.layers.{i}.{name}": view for name, view in _block(block)}
+    found["model.norm.weight"] = model.norm.weight_D
+    if model.head is not None:
+        found["lm_head.weight"] = model.head.weight
+    return {name: view.detach() for name, view in found.items()}
+
+
+def _block(block: Any) -> Iterator[tuple[str, Tensor]]:
+    yield "input_layernorm.weight", block.attention_norm.weight_D
+    yield "post_attention_layernorm.weight", block.attention_post_norm.weight_D
+    yield "pre_mlp_layernorm.weight", block.mlp_norm.weight_D
+    yield "post_mlp_layernorm.weight", block.mlp_post_norm.weight_D
+    attention = block.attention
+    for theirs, ours in (
+        ("q_proj", attention.query),
+        ("k_proj", attention.key),
+        ("v_proj", attention.value),
+        ("o_proj", attention.out),
+        ("gate_proj", attention.gate),
+    ):
+        yield f"self_attn.{theirs}.weight", ours.weight
+        if ours.bias is not None:
+            yield f"self_attn.{theirs}.bias", ours.bias
+    yield "self_attn.q_norm.weight", attention.query_norm.weight_D
+    yield "self_attn.k_norm.weight", attention.key_norm.weight_D
+    if block.dense is not None:
+        yield from _feed_forward("mlp", block.dense)
+        return
+    yield "mlp.router.gate.weight", block.router.weight_ED
+    yield "mlp.expert_bias", block.router.bias_E
+    if block.shared is not None:
+        yield from _feed_forward("mlp.shared_experts", block.shared)
+    experts = block.experts
+    for e in range(len(experts.gate_EFD)):
+        yield f"mlp.experts.{e}.gate_proj.weight", experts.gate_EFD[e]
+        yield f"mlp.experts.{e}.up_proj.weight", experts.up_EFD[e]
+        yield f"mlp.experts.{e}.down_proj.weight", experts.down_EFD[e].T
+
+
+def _feed_forward(prefix: str, network: Any) -> Iterator[tuple[str, Tensor]]:
+    for name in ("gate", "up", "down"):
+        yield f"{prefix}.{name}_proj.weight", getattr(network, name).weight
+
+
+def from_config(values: Mapping[str, Any]) -> ModelConfig:
+    """A ModelConfig from AFMoE's keys, the older and the newer; defaults are transformers'."""
+    for key in REQUIRED:
+        if values.get(key) is None:
+            raise BadValue(f"{key} is missing.")
+    for key, known in FIXED.items():
+        if values.get(key) not in known and (key != "model_type" or key in values):
+            right = " or ".join(map(str, known))
+            raise BadValue(f"{key} is {values[key]!r}; it must be {right}.")
+    heads, layers = values["num_attention_heads"], values["num_hidden_layers"]
+    every = _or(values, "global_attn_every_n_layers", 4)
+    kinds = tuple(values.get("layer_types") or ())
+    if kinds == tuple(SLIDING if (i + 1) % every else FULL for i in range(layers)):
+        kinds = ()
+    score = _or(values, "score_func", "sigmoid")
+    return ModelConfig(
+        vocab_size=values["vocab_size"],
+        width=values["hidden_size"],
+        num_layers=layers,
+        num_dense_layers=_or(values, "num_dense_layers", 1),
+        dense_width=values["intermediate_size"],
+        expert_width=values["moe_intermediate_size"],
+        num_shared_experts=_or(values, "num_shared_experts", 2),
+        global_every=every,
+        layer_types=kinds,
+        norm_eps=_or(values, "rms_norm_eps", 1e-5),
+        tied=_or(values, "tie_word_embeddings", False),
+        scale_embedding=_or(values, "mup_enabled", False),
+        max_positions=_or(values, "max_position_embeddings", 16_384),
+        load_balance_coeff=values.get("load_balance_coeff"),
+        attention=AttentionConfig(
+            num_heads=heads,
+            num_kv_heads=_or(values, "num_key_value_heads", heads),
+            head_dim=_or(values, "head_dim", 128),
+            window=_or(values, "sliding_window", 1024),
+            rope_theta=_theta(values),
+            bias=_or(values, "attention_bias", False),
+        ),
+        router=RouterConfig(
+            num_experts=values["num_experts"],
+            top_k=values["num_experts_per_tok"],
+            route_scale=_or(values, "route_scale", 1.0),
+            score=score,
+            normalise=score == "sigmoid" and _or(values, "route_norm", True),
+        ),
+    )
+
+
+def _or(values: Mapping[str, Any], key: str, default: Any) -> Any:
+    value = values.get(key)
+    return default if value is None else value
+
+
+def _theta(values: Mapping[str, Any]) -> float:
+    """RoPE's base from either spelling; BadValue where positions are rescaled."""
+    new, old = values.get("rope_parameters") or {}, values.get("rope_scaling") or {}
+    kind = new.get("rope_type") or old.get("rope_type") or old.get("type") or "default"
+    if kind != "default":
+        raise BadValue(f"rope_type is {kind!r}; it must be default: RoPE is not rescaled.")
+    return _or(new, "rope_theta", _or(values, "rope_theta", 10_000.0))
+
+
+def config_json(config: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:
+    """AFMoE's config.json, with the keys of old readers and of new ones."""
+    attention, router = config.attention, config.router
+    kinds = [FULL if config.is_global(i) else SLIDING for i in range(config.num_layers)]
+    return {
+        "architectures": ["AfmoeForCausalLM"],
+        "model_type": "afmoe",
+        "attention_bias": attention.bias,
+        "attention_dropout": 0.0,
+        "dtype": str(dtype).removeprefix("torch."),
+        "global_attn_every_n_layers": config.global_every,
+        "head_dim": attention.head_dim,
+        "hidden_act": "silu",
+        "hidden_size": config.width,
+        "intermediate_size": config.dense_width,
+        "layer_types": kinds,
+        "load_balance_coeff": config.load_balance_coeff,
+        "max_position_embeddings": config.max_positions,
+        "moe_intermediate_size": config.expert_width,
+        "mup_enabled": config.scale_embedding,
+        "n_group": 1,
+        "num_attention_heads": attention.num_heads,
+        "num_dense_layers": config.num_dense_layers,
+        "num_expert_groups": 1,
+        "num_experts": router.num_experts,
+        "num_experts_per_tok": router.top_k,
+        "num_hidden_layers": config.num_layers,
+        "num_key_value_heads": attention.num_kv_heads,
+        "num_limited_groups": 1,
+        "num_shared_experts": config.num_shared_experts,
+        "rms_norm_eps": config.norm_eps,
+        "rope_parameters": {"rope_theta": attention.rope_theta, "rope_type": "default"},
+        "rope_scaling": None,
+        "rope_theta": attention.rope_theta,
+        "route_norm": router.normalise,
+        "route_scale": router.route_scale,
+        "score_func": router.score,
+        "sliding_window": attention.window,
+        "tie_word_embeddings": config.tied,
+        "topk_group": 1,
+        "use_cache": True,
+        "vocab_size": config.vocab_size,
+    }
