@@ -51,6 +51,20 @@ class Context(NamedTuple):
     """RoPE sines [B, S, C]."""
 
 
+class Linear(nn.Linear):
+    """torch's, without a bias unless asked and without values: `initialise` gives them.
+
+    torch's own values come from the global generator, and on the meta device it imports
+    150 MB of packages to draw them.
+    """
+
+    def __init__(self, fan_in: int, fan_out: int, bias: bool = False) -> None:
+        super().__init__(fan_in, fan_out, bias=bias)
+
+    def reset_parameters(self) -> None:
+        """Draw nothing."""
+
+
 class RMSNorm(nn.Module):
     """Root-mean-square norm with a learned gain, computed in fp32 or better."""
 
@@ -173,11 +187,11 @@ class Attention(nn.Module):
         self.is_global = is_global
         inner = config.num_heads * config.head_dim
         shared = config.num_kv_heads * config.head_dim
-        self.query = nn.Linear(width, inner, bias=config.bias)
-        self.key = nn.Linear(width, shared, bias=config.bias)
-        self.value = nn.Linear(width, shared, bias=config.bias)
-        self.gate = nn.Linear(width, inner, bias=False)
-        self.out = nn.Linear(inner, width, bias=config.bias)
+        self.query = Linear(width, inner, bias=config.bias)
+        self.key = Linear(width, shared, bias=config.bias)
+        self.value = Linear(width, shared, bias=config.bias)
+        self.gate = Linear(width, inner)
+        self.out = Linear(inner, width, bias=config.bias)
         self.query_norm = RMSNorm(config.head_dim, eps)
         self.key_norm = RMSNorm(config.head_dim, eps)
 

@@ -2,7 +2,6 @@
 
 import logging
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -51,8 +50,9 @@ class TrinityLM(TemplateLM):
                 logging.getLogger(__name__).warning("there is no %s here: cpu", device)
             device = "cpu"
         self.batch = int(size)
-        self.model = hub.load(path, device=device, dtype=kind)
-        self.vocabulary = tokenizer.load(Path(path))
+        folder = hub.local(path)
+        self.model = hub.load(folder, device=device, dtype=kind)
+        self.vocabulary = tokenizer.load(folder)
         marks = self.vocabulary.ids
         self.eot, self.bos = marks["eos_token_id"], marks["bos_token_id"]
         if self.eot is None:

@@ -24,7 +24,7 @@ CONFIG, WEIGHTS = "config.json", "model.safetensors"
 INDEX = f"{WEIGHTS}.index.json"
 SHARD_BYTES = 5 * 10**9
 """Largest shard that `save` writes unless told otherwise."""
-AT_ONCE = 256 * 10**6
+AT_ONCE = 16 * 10**6
 """Bytes read before a file is closed, so that its mapped pages are given back."""
 
 
@@ -56,7 +56,7 @@ def load(
     Raises Missing where there is no checkpoint, BadValue naming a tensor that is missing, too
     many or misshapen, or a setting this library has no meaning for.
     """
-    folder = _local(folder)
+    folder = local(folder)
     stored = inspect(folder)
     main = stored.dtypes["model.embed_tokens.weight"] if dtype is None else dtype
     model = empty(stored.config, device, main)
@@ -200,7 +200,7 @@ def read_config(folder: Path) -> ModelConfig:
         raise BadValue(f"{folder / CONFIG}: {error}") from error
 
 
-def _local(folder: str | Path) -> Path:
+def local(folder: str | Path) -> Path:
     """A folder as it is; OWNER/NAME through huggingface_hub's snapshot download."""
     path = Path(folder)
     if path.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(folder)):
@@ -284,7 +284,7 @@ def main() -> None:
     parser.add_argument("folder", help="an AFMoE checkpoint, or OWNER/NAME on the hub")
     given = parser.parse_args()
     with one_sentence():
-        print(describe(_local(given.folder)))
+        print(describe(local(given.folder)))
 
 
 def describe(folder: Path) -> str:

@@ -14,6 +14,7 @@ from trinity_lib.attention import (
     Attention,
     AttentionConfig,
     Context,
+    Linear,
     Memory,
     RMSNorm,
     context,
@@ -175,12 +176,13 @@ class Trinity(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        self.embedding = nn.Embedding(config.vocab_size, config.width)
+        values = torch.empty(config.vocab_size, config.width)  # else they would be drawn
+        self.embedding = nn.Embedding(config.vocab_size, config.width, _weight=values)
         self.blocks = nn.ModuleList(Block(config, i) for i in range(config.num_layers))
         self.norm = RMSNorm(config.width, config.norm_eps)
         self.head = None
         if not config.tied:
-            self.head = nn.Linear(config.width, config.vocab_size, bias=False)
+            self.head = Linear(config.width, config.vocab_size)
 
     def forward(
         self,
