@@ -81,13 +81,13 @@ class Vocabulary:
         (folder / SETTINGS).write_text(json.dumps(names))
 
 
-def load(path: Path) -> Vocabulary:
+def load(path: str | Path) -> Vocabulary:
     """A tokenizer.json, or the one in a folder, as `data` needs it.
 
     Marks are what `tokenizer_config.json` beside it names, else the first of the usual
     names it has. Missing where there is no file, BadValue where it is no tokenizer.
     """
-    file = path / FILE if path.is_dir() else path
+    file = Path(path) / FILE if Path(path).is_dir() else Path(path)
     if not file.is_file():
         raise Missing(f"tokenizer is {str(path)!r}; there is no such file.")
     try:
