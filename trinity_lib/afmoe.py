@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from trinity_lib.attention import AttentionConfig
-from trinity_lib.config import BadValue
+from trinity_lib.config import BadValue, convert, require
 from trinity_lib.model import ModelConfig, Trinity
 from trinity_lib.routing import RouterConfig
 
@@ -27,16 +27,16 @@ REQUIRED = (
     "num_experts_per_tok",
 )
 FIXED: dict[str, tuple[Any, ...]] = {
-    "model_type": ("afmoe",),
-    "hidden_act": (None, "silu", "swish"),
-    "attention_dropout": (None, 0, 0.0),
-    "n_group": (None, 1),
-    "topk_group": (None, 1),
-    "num_expert_groups": (None, 1),
-    "num_limited_groups": (None, 1),
+    "model_type": ("afmoe", None),
+    "hidden_act": ("silu", "swish", None),
+    "attention_dropout": (0, None),
+    "n_group": (1, None),
+    "topk_group": (1, None),
+    "num_expert_groups": (1, None),
+    "num_limited_groups": (1, None),
     "quantization_config": (None,),
 }
-"""Keys of a config.json that this library knows one meaning of."""
+"""Keys of a config.json that this library knows one meaning of, the plainest value first."""
 
 
 def views(model: Trinity) -> dict[str, Tensor]:
@@ -92,16 +92,20 @@ def from_config(values: Mapping[str, Any]) -> ModelConfig:
     for key in REQUIRED:
         if values.get(key) is None:
             raise BadValue(f"{key} is missing.")
+        convert(int, values[key], key)
     for key, known in FIXED.items():
-        if values.get(key) not in known and (key != "model_type" or key in values):
-            right = " or ".join(map(str, known))
-            raise BadValue(f"{key} is {values[key]!r}; it must be {right}.")
+        right = "left out" if known[0] is None else str(known[0])
+        require(values.get(key) in known, key, values.get(key), right)
     heads, layers = values["num_attention_heads"], values["num_hidden_layers"]
-    every = _or(values, "global_attn_every_n_layers", 4)
+    every = convert(
+        int, _or(values, "global_attn_every_n_layers", 4), "global_attn_every_n_layers"
+    )
+    require(every >= 1, "global_attn_every_n_layers", every, "at least 1")
     kinds = tuple(values.get("layer_types") or ())
     if kinds == tuple(SLIDING if (i + 1) % every else FULL for i in range(layers)):
         kinds = ()
     score = _or(values, "score_func", "sigmoid")
+    require(score in ("sigmoid", "softmax"), "score_func", score, "sigmoid or softmax")
     return ModelConfig(
         vocab_size=values["vocab_size"],
         width=values["hidden_size"],

@@ -1,6 +1,7 @@
 """Cached decoding: prefill once, then one token at a time, greedy or sampled."""
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,45 +15,25 @@ def generate(
     tokens_BS: Tensor,
     *,
     max_new_tokens: int,
-    mask_BS: Tensor | None = None,
-    temperature: float = 0.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    min_p: float = 0.0,
     stop: Sequence[int] = (),
     pad: int | None = None,
-    generator: torch.Generator | None = None,
+    **options: Any,
 ) -> Tensor:
     """The prompts and `max_new_tokens` more tokens each, int64 [B, S + new].
 
-    Greedy at temperature 0. Otherwise logits are divided by it, then kept are the `top_k`
-    largest (0: all), then the fewest whose probability reaches `top_p`, then those of at
-    least `min_p` times the largest probability; tokens are drawn with `generator`.
-    Prompts of unlike length are padded on the left, and `mask_BS` is 0 there. A row that
-    has drawn a `stop` token goes on with `pad` (by default that token's first).
+    Greedy unless told otherwise; `options` are those of `stream`. A row that has drawn a
+    `stop` token goes on with `pad` (the first stop token where there is no pad).
     """
     drawn = stream(
-        model,
-        tokens_BS,
-        max_new_tokens=max_new_tokens,
-        mask_BS=mask_BS,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        min_p=min_p,
-        stop=stop,
-        pad=pad,
-        generator=generator,
+        model, tokens_BS, max_new_tokens=max_new_tokens, stop=stop, pad=pad, **options
     )
-    new = [token_B for token_B in drawn]
+    new = list(drawn)
     if not new:
         return tokens_BS
     new_BN = torch.stack(new, dim=1)
     missing = max_new_tokens - new_BN.shape[1]
-    filler = _filler(stop, pad)
-    return torch.cat(
-        [tokens_BS, torch.nn.functional.pad(new_BN, (0, missing), value=filler)], 1
-    )
+    new_BN = torch.nn.functional.pad(new_BN, (0, missing), value=_filler(stop, pad))
+    return torch.cat([tokens_BS, new_BN], dim=1)
 
 
 def stream(
@@ -69,7 +50,14 @@ def stream(
     pad: int | None = None,
     generator: torch.Generator | None = None,
 ) -> Iterator[Tensor]:
-    """The same tokens as `generate`, one [B] at a time; it ends when every row has stopped."""
+    """New tokens of every row, int64 [B], one after another, until every row has stopped.
+
+    Greedy at temperature 0. Otherwise logits are divided by it, then kept are the `top_k`
+    largest (0: all), then the fewest whose probability reaches `top_p`, then those of at
+    least `min_p` times the largest probability; tokens are drawn with `generator`.
+    Prompts of unlike length are padded on the left, and `mask_BS` is 0 there. BadValue for
+    an option out of its range.
+    """
     _check(tokens_BS, max_new_tokens, mask_BS, temperature, top_k, top_p, min_p)
     return _stream(
         model, tokens_BS, max_new_tokens, mask_BS,
