@@ -48,7 +48,7 @@ def tiny_model() -> ModelConfig:
 @pytest.fixture(scope="session")
 def tiny(tiny_model: ModelConfig) -> RunConfig:
     """A second of training: two phases on arithmetic and facts."""
-    mixture = {"arithmetic": 0.5, "facts": 0.5}
+    mixture = {"facts": 0.5, "arithmetic": 0.5}  # not sorted, as JSON would have it
     return RunConfig(
         scale="tiny",
         model=tiny_model,

@@ -125,3 +125,18 @@ def test_changed_text_is_another_corpus(tmp_path: Path) -> None:
 def test_settings_out_of_range_are_one_sentence(settings: dict, sentence: str) -> None:
     with pytest.raises(BadValue, match=sentence):
         DataConfig(**{"sequence_length": 8, **settings})
+
+
+def test_damaged_tokens_are_made_again(tmp_path: Path, capsys) -> None:
+    source = Source(name="cats", path=str(folder_of_text(tmp_path / "cats")))
+    first = data.load(config(source), 270, tmp_path / "cache").train["cats"]
+    assert isinstance(first, Documents)
+    kept = np.array(first.tokens)
+    for content in (kept[: len(kept) // 2].tobytes(), b""):
+        (file,) = (tmp_path / "cache").glob("tokenised-*/train-cats.tokens")
+        file.unlink()
+        file.write_bytes(content)
+        again = data.load(config(source), 270, tmp_path / "cache").train["cats"]
+        assert isinstance(again, Documents)
+        np.testing.assert_array_equal(again.tokens, kept)
+        assert "are damaged: made again" in capsys.readouterr().out

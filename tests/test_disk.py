@@ -70,11 +70,14 @@ def test_a_kill_between_two_renames_loses_nothing(tmp_path: Path) -> None:
 def test_what_dead_processes_left_of_a_cache_goes(tmp_path: Path) -> None:
     dead = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"],
                           capture_output=True, text=True).stdout.strip()  # fmt: skip
-    for pid in (dead, os.getpid()):
-        (tmp_path / f"tokens.{pid}.123").mkdir()
-        (tmp_path / f"tokens.{pid}.123" / "half").touch()
+    live = disk.of_this_process(tmp_path / "tokens")
+    gone = tmp_path / live.name.replace(f".{os.getpid()}.", f".{dead}.")
+    elsewhere = tmp_path / f"tokens.another-machine.{dead}.123"
+    for folder in (live, gone, elsewhere):
+        folder.mkdir()
+        (folder / "half").touch()
     disk.remove_dead(tmp_path / "tokens")
-    assert [path.name for path in tmp_path.iterdir()] == [f"tokens.{os.getpid()}.123"]
+    assert {path.name for path in tmp_path.iterdir()} == {live.name, elsewhere.name}
 
 
 def test_a_lock_is_one_processs_and_dies_with_it(tmp_path: Path) -> None:

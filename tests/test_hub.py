@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from trinity_lib import afmoe, checkpoint, hub, recipes
+from trinity_lib import afmoe, checkpoint, corpus, hub, recipes, tokenizer
 from trinity_lib.config import BadValue, Refusal, override
 from trinity_lib.generate import generate
 from trinity_lib.losses import token_loss
@@ -384,6 +384,10 @@ def test_ten_steps_of_training_from_a_released_checkpoint_are_read_by_transforme
     values = afmoe.config_json(tiny.model, torch.float32) | {"seed": 5, "eos_token_id": None}
     peer(values).save_pretrained(tmp_path / "released")
     config = override(tiny, {"init": str(tmp_path / "released"), "name": "on"})
+    with pytest.raises(BadValue, match="has no tokenizer.json: give tokenizer"):
+        train(config, runs=tmp_path, cache=cache)
+    tokenizer.of_corpus(corpus.procedural(0), 384, cache).save(tmp_path / "released")
+    config = override(config, {"data.tokenizer": str(tmp_path / "released")})
     run = train(config, runs=tmp_path, cache=cache)
     assert run["train"].sizes["step"] == 10 and len(run.attrs["init_sha256"]) == 64
     for stage in ("truebase", "base"):

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from trinity_lib import record
+from trinity_lib.config import BadValue
 from trinity_lib.record import Writer, open_run, open_runs
 from trinity_lib.schema import SCHEMA
 
@@ -160,3 +161,34 @@ def test_provenance_names_code_and_packages() -> None:
     made_by = record.provenance()
     assert made_by["versions"]["xarray"] and made_by["python"].startswith("3.")
     assert len(made_by["git_commit"]) in (40, len("unknown"))
+
+
+def test_a_run_that_cannot_be_completed_stays_its_writers(tmp_path: Path, monkeypatch) -> None:
+    """Until it is closed as failed; a second release takes nothing from the next holder."""
+    writer = Writer(tmp_path / "run", attributes("run"), COORDINATES)
+    fill(writer, range(1, 3))
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(record, "_save", full)
+        with pytest.raises(OSError, match="No space left"):
+            writer.close("complete")
+        assert record.disk.locked(tmp_path / "run" / "lock")
+    writer.close("failed", "the disk is full")
+    held = record.Claim(tmp_path / "run", resume=True)
+    writer.claim.release()
+    assert record.disk.locked(tmp_path / "run" / "lock")
+    held.release()
+    assert open_run(tmp_path / "run").attrs["reason"] == "the disk is full"
+
+
+def test_a_damaged_shard_is_said(tmp_path: Path) -> None:
+    writer = Writer(tmp_path / "run", attributes("run"), COORDINATES)
+    fill(writer, range(1, 3))
+    writer.close("failed", "x")
+    (shard,) = (tmp_path / "run" / "log").glob("*.nc")
+    shard.write_bytes(shard.read_bytes()[:500])
+    with pytest.raises(BadValue, match=f"{shard.name} is damaged: "):
+        open_run(tmp_path / "run")

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ import xarray as xr
 
 from tests.test_train import same
 from trinity_lib import checkpoint, disk, resume
-from trinity_lib.config import BadValue, Missing, Taken, override, to_json
+from trinity_lib.config import BadValue, Missing, Taken, from_json, override, to_json
 from trinity_lib.record import Claim, open_run
 from trinity_lib.run import RunConfig
 from trinity_lib.session import start
@@ -50,7 +51,6 @@ def whole(config: RunConfig, tmp_path_factory: pytest.TempPathFactory, cache: Pa
 def assert_same_to_the_bit(whole: Path, runs: Path, name: str) -> None:
     """Everything recorded, and both stages' weights and optimiser state."""
     same(open_run(whole / "whole.nc"), open_run(runs / f"{name}.nc"))
-    assert not list((runs / name).glob("step-*")) and not list((runs / name).glob(".*"))
     for stage in ("truebase", "base"):
         first, second = whole / "whole" / stage, runs / name / stage
         for old, new in (
@@ -79,35 +79,53 @@ def end(process: subprocess.Popen, config: RunConfig, runs: Path) -> None:
     assert process.wait() == 0, (runs / f"{config.name}.log").read_text()
 
 
-def kill(process: subprocess.Popen, folder: Path, moment: random.Random, writing: bool) -> bool:
-    """SIGKILL at a random moment, or as soon as a checkpoint is being written after it."""
-    while process.poll() is None and not (folder / "run.json").exists():
+class Kills(NamedTuple):
+    """How often a run was killed, and how often of that while a checkpoint was written."""
+
+    all: int
+    saving: int
+
+
+def kill(
+    process: subprocess.Popen, config: RunConfig, runs: Path, moment: random.Random, wait: bool
+) -> Kills:
+    """SIGKILL once this process trains: at a random moment, or at its next checkpoint."""
+    log, folder = runs / f"{config.name}.log", runs / config.name
+    while process.poll() is None and f"{config.name}: " not in log.read_text():
         time.sleep(0.002)
     deadline = time.monotonic() + moment.uniform(0.0, 1.5)
+    saving = False
     while process.poll() is None:
-        due = time.monotonic() > deadline
-        if due and (not writing or any(folder.glob(".*.[0-9]*"))):
+        names = [path.name for path in folder.glob(f".*.{process.pid}")]
+        saving = any(name.startswith((".step-", ".truebase", ".base")) for name in names)
+        if saving if wait else time.monotonic() > deadline:
             process.send_signal(signal.SIGKILL)
+            break
         time.sleep(0.0005)
-    return process.wait() == -signal.SIGKILL
+    killed = process.wait() == -signal.SIGKILL
+    return Kills(int(killed), int(killed and saving))
 
 
 def run_through_kills(
     config: RunConfig, runs: Path, cache: Path, moment: random.Random, kills: int
-) -> int:
+) -> Kills:
     """Kill a run up to `kills` times and let it end; how often it really was killed."""
-    done = 0
+    done = Kills(0, 0)
+    folder = runs / config.name
     while not (runs / f"{config.name}.nc").exists():
         process = begin(config, runs, cache)
-        if done < kills and kill(process, runs / config.name, moment, bool(done % 2)):
-            done += 1
-            tree = open_run(runs / config.name)
+        if done.all == kills:
+            end(process, config, runs)
+            assert not list(folder.glob("step-*")) and not list(folder.glob(".*"))
+            return done
+        more = kill(process, config, runs, moment, bool(done.all % 2))
+        done = Kills(done.all + more.all, done.saving + more.saving)
+        if more.all and not (runs / f"{config.name}.nc").exists():
+            tree = open_run(folder)
             assert tree.attrs["status"] == "running" and "killed" in tree.attrs["reason"]
             for group in ("train", "layers"):
                 steps = tree[group].step.values if group in tree else []
                 assert list(steps) == list(range(1, len(steps) + 1))
-        else:
-            end(process, config, runs)
     return done
 
 
@@ -117,7 +135,8 @@ def test_a_killed_run_resumes_to_the_bit(
     seed = random.SystemRandom().randrange(2**32)
     print(f"moments drawn with seed {seed}")
     killed = dataclasses.replace(config, name="killed")
-    assert run_through_kills(killed, tmp_path, cache, random.Random(seed), 3) >= 1
+    done = run_through_kills(killed, tmp_path, cache, random.Random(seed), 3)
+    assert done.all >= 2 and done.saving >= 1
     assert_same_to_the_bit(whole, tmp_path, "killed")
 
 
@@ -128,12 +147,15 @@ def test_fifty_kills_at_random_moments(
     seed = random.SystemRandom().randrange(2**32)
     print(f"moments drawn with seed {seed}")
     moment = random.Random(seed)
-    done = number = 0
+    done = saving = number = 0
     while done < 50:
         number += 1
         killed = dataclasses.replace(config, name=f"killed-{number}")
-        done += run_through_kills(killed, tmp_path, cache, moment, min(5, 50 - done))
+        kills = run_through_kills(killed, tmp_path, cache, moment, min(5, 50 - done))
+        done, saving = done + kills.all, saving + kills.saving
         assert_same_to_the_bit(whole, tmp_path, killed.name)
+    print(f"{done} kills, {saving} of them while a checkpoint was written")
+    assert saving >= 15
 
 
 class Stop(Exception):
@@ -220,6 +242,53 @@ def test_checkpoints_rotate_and_phase_ends_stay(
     assert kept == ["step-00000012", "step-00000015", "truebase"]
     for name in kept:
         checkpoint.verify(tmp_path / "far" / name)
+
+
+@pytest.mark.parametrize("keep", [1, 3, 4])
+def test_as_many_are_kept_as_asked_for(tmp_path: Path, keep: int) -> None:
+    for step in range(1, 6):
+        (tmp_path / f"step-{step:08d}").mkdir()
+        checkpoint.rotate(tmp_path, keep)
+        left = sorted(int(path.name[-1]) for path in tmp_path.iterdir())
+        assert left == list(range(max(1, step - keep + 1), step + 1))
+
+
+def test_a_configuration_from_json_is_the_same_run(
+    config: RunConfig, whole: Path, tmp_path: Path, cache: Path, monkeypatch
+) -> None:
+    """JSON sorts a mixture's keys; the order of documents must not hang on theirs."""
+    again = from_json(RunConfig, to_json(config))
+    assert list(again.phases[0].mixture) != list(config.phases[0].mixture)
+    train(dataclasses.replace(again, name="json"), runs=tmp_path, cache=cache)
+    assert_same_to_the_bit(whole, tmp_path, "json")
+    cut(dataclasses.replace(config, name="cut"), tmp_path, cache, 5, monkeypatch)
+    train(dataclasses.replace(again, name="cut"), runs=tmp_path, cache=cache, resumes=True)
+    assert_same_to_the_bit(whole, tmp_path, "cut")
+
+
+def test_a_phase_is_not_another_on_resume(
+    config: RunConfig, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    named = dataclasses.replace(config, name="cut")
+    cut(named, tmp_path, cache, 4, monkeypatch)
+    later = dataclasses.replace(config.phases[1], mixture={"facts": 0.9, "arithmetic": 0.1})
+    other = dataclasses.replace(named, phases=(config.phases[0], later))
+    sentence = "phase 2: mixture is .*0.9.* and was .*0.5.*. Only steps may change"
+    for own_steps in (False, True):
+        with pytest.raises(BadValue, match=sentence):
+            resume.find(other, tmp_path, own_steps=own_steps)
+    with pytest.raises(Missing, match="no incomplete run of this configuration"):
+        resume.find(dataclasses.replace(other, name=""), tmp_path)
+
+
+def test_open_documents_are_kept_by_their_number(
+    config: RunConfig, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not by their tokens: a book that is open 64 times would be stored as often."""
+    cut(dataclasses.replace(config, name="cut"), tmp_path, cache, 4, monkeypatch)
+    state = checkpoint.load_state(tmp_path / "cut" / "step-00000003")
+    assert state.tensors["rows.tokens"].numel() == 0
+    assert 4 < len(state.facts["rows"]["open"]) <= 8
 
 
 def test_more_steps_may_be_asked_for_as_long_as_the_past_stays(

@@ -47,8 +47,8 @@ def test_no_token_is_lost_and_targets_stay_in_their_document(
         seen[token] += 1
         assert target == (IGNORE if token in ends else token + 1)
     held = np.zeros(total, dtype=int)
-    for tokens, head in order.open:
-        held[tokens[head:]] += 1
+    for each in order.open:
+        held[each.tokens[each.head :]] += 1
     feed = order.stream.feeds["a"]
     assert isinstance(feed, Shuffled)
     for document in feed.order[feed.taken :]:
@@ -108,7 +108,7 @@ def test_rsdb_follows_its_definition(
         while len(expected) < length:
             if len(buffer) <= size:
                 while len(buffer) < 2 * size:
-                    buffer.append(stream.next().tolist())
+                    buffer.append(stream.next().tokens.tolist())
             document = buffer[int(choose.integers(len(buffer)))]
             taken = document[: length - len(expected)]
             del document[: len(taken)]
@@ -222,7 +222,7 @@ def test_a_stream_gives_its_training_documents_in_order_again_and_again(tmp_path
     training = [text for text in TEXTS if not held_out(text, 10)]
     assert 100 < len(training) < 150
     decode = streamed.vocabulary.decode
-    got = decode([live.next().tolist() for _ in range(len(training) + 5)])
+    got = decode([live.next()[1].tolist() for _ in range(len(training) + 5)])
     assert got == training + training[:5]
     assert live.epoch == 2
 
@@ -233,10 +233,10 @@ def test_a_resumed_stream_goes_on_with_the_same_documents(tmp_path: Path, before
     for _ in range(before):
         live.next()
     state = json.loads(json.dumps(live.state()))
-    expected = [live.next().tolist() for _ in range(200)]
+    expected = [live.next()[1].tolist() for _ in range(200)]
     again = Live(hub(tmp_path / "hub", TEXTS))
     again.restore(state)
-    assert [again.next().tolist() for _ in range(200)] == expected
+    assert [again.next()[1].tolist() for _ in range(200)] == expected
     assert again.state()["epoch"] == live.epoch
 
 

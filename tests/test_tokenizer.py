@@ -116,3 +116,12 @@ def test_what_is_no_tokenizer_is_refused(tmp_path: Path) -> None:
     (tmp_path / "tokenizer_config.json").write_text("[")
     with pytest.raises(BadValue, match="tokenizer_config.json is not JSON"):
         tokenizer.load(file)
+
+
+def test_a_mark_that_is_spelled_out_in_a_text_is_text(tmp_path: Path) -> None:
+    made = tokenizer.train([*TEXTS, "a <|end|> b"], 300)
+    made.save(tmp_path)
+    for vocabulary in (made, tokenizer.load(tmp_path)):
+        (ids,) = vocabulary.encode(["a <|end|> b"])
+        assert vocabulary.decode([ids.tolist()]) == ["a <|end|> b"]
+        assert list(ids).count(vocabulary.tokenizer.token_to_id(tokenizer.END)) == 1

@@ -20,7 +20,7 @@ from trinity_lib.config import BadValue, Missing, first_line
 from trinity_lib.model import Trinity
 from trinity_lib.tokenizer import Vocabulary
 
-RUN, MANIFEST = "run.json", "manifest.json"
+RUN, MANIFEST = "run_config.json", "manifest.json"
 STATE, FACTS = "state.safetensors", "state.json"
 ROTATING = "step-"
 """Beginning of the names of checkpoints that later ones replace."""
@@ -114,8 +114,7 @@ def newest(run: Path) -> Path | None:
 
 def rotate(run: Path, keep: int) -> None:
     """Remove all but the last `keep` rotating checkpoints; named ones stay."""
-    folders = sorted(run.glob(f"{ROTATING}*"))
-    for folder in folders[: len(folders) - keep]:
+    for folder in sorted(run.glob(f"{ROTATING}*"))[:-keep]:
         disk.remove_folder(folder)
 
 

@@ -1,4 +1,4 @@
-"""Text to tokens on disk, rows of them, and what a run needs of both.
+"""Text to tokens on disk, and what a run is given of both.
 
 Everything is numpy; the training loop turns a `Batch` into tensors.
 """
@@ -6,9 +6,7 @@ Everything is numpy; the training loop turns a `Batch` into tensors.
 import contextlib
 import hashlib
 import json
-import os
 import shutil
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,8 +22,8 @@ from trinity_lib.tokenizer import Vocabulary
 
 IGNORE = -1
 """Target of a position with nothing to predict; document of padding."""
-AT_ONCE = 64
-"""Documents tokenised together."""
+AT_ONCE, CHARACTERS = 64, 1_000_000
+"""Documents tokenised together, and characters of them, at most."""
 MOST_OPEN = 10_000_000
 LARGEST_UNKNOWN = 0.01
 """Share of unknown tokens above which a run says so."""
@@ -148,7 +146,8 @@ def load(config: DataConfig, vocab_size: int, cache: Path) -> Loaded:
         procedural = config.corpus == "procedural"
         texts = corpus.procedural(0) if procedural else corpus.embedded(cache)
     warnings = list(texts.warnings) if texts else []
-    address = "".join(f"{hub.source.path} {hub.source.field}\n" for hub in hubs.values())
+    share = config.validation_share
+    address = "".join(f"{h.source.path} {h.source.field} {share}\n" for h in hubs.values())
     digest = hashlib.sha256(address.encode() + (texts.sha256.encode() if texts else b""))
     sha256 = digest.hexdigest() if hubs else texts.sha256 if texts else ""
     vocabulary = _vocabulary(config, vocab_size, texts, hubs, cache)
@@ -237,12 +236,17 @@ def tokenised(
     marks = f"{vocabulary.begin} {vocabulary.end} {vocabulary.sha256}"
     known_by = hashlib.sha256(marks.encode()).hexdigest()
     folder = cache / f"tokenised-{texts.sha256[:12]}-{known_by[:12]}"
+    stems = [f"{split}-{domain}" for split in corpus.SPLITS for domain in texts.domains]
+    if folder.exists() and not all(_whole(folder / stem) for stem in stems):
+        print(f"the tokens in {folder} are damaged: made again", flush=True)
+        disk.remove_folder(folder)
     if not folder.exists():
         disk.remove_dead(folder)
-        temporary = folder.with_name(f"{folder.name}.{os.getpid()}.{time.time_ns()}")
+        temporary = disk.of_this_process(folder)
         temporary.mkdir(parents=True)
         try:
             _tokenise(texts, vocabulary, temporary)
+            disk.sync_folder(temporary)
             temporary.rename(folder)
         except OSError:
             if not folder.exists():  # else another process finished the same work first
@@ -271,7 +275,8 @@ def _tokenise(texts: Texts, vocabulary: Vocabulary, folder: Path) -> None:
         for split, domain, text in counted(texts.read(), "tokenising", "document"):
             name = f"{split}-{domain}"
             waiting[name].append(text)
-            if len(waiting[name]) == AT_ONCE:
+            many = len(waiting[name]) == AT_ONCE or sum(map(len, waiting[name])) > CHARACTERS
+            if many:
                 _write(files[name], vocabulary, waiting[name])
                 waiting[name] = []
         for name, left in waiting.items():
@@ -284,6 +289,15 @@ def _write(files: tuple[IO[bytes], ...], vocabulary: Vocabulary, texts: list[str
     for document in documents:
         tokens.write(document.tobytes())
     lengths.write(np.array([len(d) for d in documents], dtype=np.int64).tobytes())
+
+
+def _whole(stem: Path) -> bool:
+    """Whether a domain's files are there and agree with each other."""
+    files = [stem.with_name(f"{stem.name}.{kind}") for kind in ("tokens", "lengths")]
+    if not all(file.is_file() for file in files) or files[1].stat().st_size % 8:
+        return False
+    total = int(np.fromfile(files[1], dtype=np.int64).sum())
+    return files[0].stat().st_size == 4 * total
 
 
 def _mapped(stem: Path) -> Documents:

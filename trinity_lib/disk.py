@@ -8,6 +8,7 @@ import contextlib
 import errno
 import fcntl
 import os
+import platform
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -39,15 +40,20 @@ def replace(path: Path, write: Callable[[Path], object]) -> None:
 def replace_folder(folder: Path, write: Callable[[Path], object]) -> None:
     """The same for a flat folder; an older one of the name is replaced."""
     temporary, old = _beside(folder), _beside(folder).with_suffix(".old")
-    shutil.rmtree(temporary, ignore_errors=True)
+    for leftover in (temporary, old):
+        shutil.rmtree(leftover, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
         write(temporary)
-        for path in (*temporary.iterdir(), temporary):
-            _sync(path)
+        sync_folder(temporary)
         if folder.exists():
             folder.rename(old)
-        temporary.rename(folder)
+        try:
+            temporary.rename(folder)
+        except OSError:
+            if old.exists():
+                old.rename(folder)
+            raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     _sync(folder.parent)
@@ -71,11 +77,23 @@ def tidy(folder: Path) -> None:
 
 
 def remove_dead(folder: Path) -> None:
-    """Remove what processes that are gone left of `folder`, as FOLDER.PID.ANYTHING."""
-    for leftover in folder.parent.glob(f"{folder.name}.*.*"):
-        pid = leftover.name.removeprefix(f"{folder.name}.").partition(".")[0]
-        if pid.isdigit() and not _alive(int(pid)):
+    """Remove what processes of this machine that are gone left of `folder`."""
+    here = f"{folder.name}.{platform.node()}."
+    for leftover in folder.parent.glob(f"{folder.name}.*"):
+        pid = leftover.name.removeprefix(here).partition(".")[0]
+        if leftover.name.startswith(here) and pid.isdigit() and not _alive(int(pid)):
             shutil.rmtree(leftover, ignore_errors=True)
+
+
+def of_this_process(folder: Path) -> Path:
+    """A name beside `folder` that no other process has, nor this one had."""
+    return folder.with_name(f"{folder.name}.{platform.node()}.{os.getpid()}.{time.time_ns()}")
+
+
+def sync_folder(folder: Path) -> None:
+    """Bring a flat folder's files to the disk."""
+    for path in (*folder.iterdir(), folder):
+        _sync(path)
 
 
 def _alive(pid: int) -> bool:

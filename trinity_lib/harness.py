@@ -53,6 +53,7 @@ class TrinityLM(TemplateLM):
         folder = hub.local(path)
         self.model = hub.load(folder, device=device, dtype=kind)
         self.vocabulary = tokenizer.load(folder)
+        self.vocabulary.tokenizer.encode_special_tokens = False  # as the hf model reads prompts
         marks = self.vocabulary.ids
         self.eot, self.bos = marks["eos_token_id"], marks["bos_token_id"]
         if self.eot is None:

@@ -129,7 +129,10 @@ def _text(config: RunConfig, given: Mapping[str, Any], published: bool) -> dict[
         changes["init"] = str(folder)
         if (folder / tokenizer.FILE).is_file():
             changes["data.tokenizer"] = str(folder)
-        changes["model.vocab_size"] = given["vocab_size"] or shape.vocab_size
+        asked = given["vocab_size"]
+        right = f"the checkpoint's own {shape.vocab_size:,} entries, or left out"
+        require(asked in (None, shape.vocab_size), "vocab_size", asked, right)
+        changes["model.vocab_size"] = shape.vocab_size
     if given["tokenizer"]:
         path = _located("tokenizer", given["tokenizer"], folders)
         changes["data.tokenizer"] = str(path)
@@ -170,10 +173,13 @@ def _entries(path: Path, vocabulary: int, asked: int | None, published: bool) ->
 
 
 def _located(parameter: str, path: str, folders: Iterable[Path]) -> Path:
-    tried = [folder / Path(path).expanduser() for folder in folders]
-    for candidate in tried:
-        if candidate.exists() or candidate.with_suffix("").is_dir():
-            return candidate
+    try:
+        tried = [folder / Path(path).expanduser() for folder in folders]
+        for candidate in tried:
+            if candidate.exists() or (candidate.name and candidate.with_suffix("").is_dir()):
+                return candidate
+    except (OSError, RuntimeError) as error:  # too long for a name; no such user
+        raise Missing(f"{parameter} is {path!r:.80}; it is no path: {error}.") from error
     places = " or ".join(dict.fromkeys(str(candidate.parent) for candidate in tried))
     raise Missing(f"{parameter} is {path!r}; nothing is there (looked in {places}).")
 

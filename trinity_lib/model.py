@@ -64,10 +64,11 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         check(self)
-        for field in ("vocab_size", "width", "num_layers", "global_every"):
-            require(getattr(self, field) >= 1, field, getattr(self, field), "at least 1")
-        for field in ("dense_width", "expert_width"):
-            require(getattr(self, field) >= 1, field, getattr(self, field), "at least 1")
+        sizes = ("vocab_size", "width", "num_layers", "global_every")
+        for field in (*sizes, "dense_width", "expert_width"):
+            value = getattr(self, field)
+            fits = 1 <= value <= 2**24
+            require(fits, field, value, "at least 1, at most 16,777,216")
         fits = 0 <= self.num_dense_layers <= self.num_layers
         right = f"from 0 to num_layers ({self.num_layers})"
         require(fits, "num_dense_layers", self.num_dense_layers, right)

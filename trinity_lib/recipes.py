@@ -168,7 +168,8 @@ SCALES: dict[str, Callable[[], RunConfig]] = {
     "mini": mini,
     "large": large,
 }
-MOST_STEPS = 10_000_000
+MOST_STEPS = 1_000_000
+"""Steps a schedule may have; Large has 138,800."""
 EMBEDDED = ("toy", "small")
 """Scales whose tokenizer the embedded corpus can yield."""
 

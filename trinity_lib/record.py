@@ -5,6 +5,7 @@ temporary name, synced and renamed; at the end they become `runs/NAME.nc`. `open
 `open_runs` are the only ways in, and read either.
 """
 
+import contextlib
 import importlib.metadata
 import json
 import os
@@ -13,6 +14,7 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
+from glob import escape as glob_escape
 from glob import glob
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,7 @@ import numpy as np
 import xarray as xr
 
 from trinity_lib import disk
-from trinity_lib.config import BadValue, Missing, Taken
+from trinity_lib.config import BadValue, Missing, Taken, first_line
 from trinity_lib.schema import SCHEMA, SCHEMA_VERSION
 
 ENGINE: Any = "h5netcdf"
@@ -58,7 +60,7 @@ class Claim:
                     "name, or resume it."
                 )
             disk.tidy(folder)
-            for torn in folder.parent.glob(f".{folder.name}.nc.*"):
+            for torn in folder.parent.glob(f".{glob_escape(folder.name)}.nc.*"):
                 torn.unlink()
         except BaseException:
             self.release()
@@ -66,9 +68,11 @@ class Claim:
 
     def release(self) -> None:
         """Give the run up; a folder with nothing in it goes."""
+        if self._lock.closed:  # another may hold the run by now
+            return
         (self.folder / "lock").unlink(missing_ok=True)
         self._lock.close()
-        if not any(self.folder.iterdir()):
+        with contextlib.suppress(OSError):  # not empty, or taken in this moment
             self.folder.rmdir()
 
     def _refuse_complete(self) -> None:
@@ -112,6 +116,7 @@ class Writer:
         old = read_attributes(self.folder)
         past = json.loads(old.get("resumed") or "[]")
         past.append({"step": step, "at": _now(), **provenance()})
+        old.pop("finished_at", None)
         kept = {name: self.attributes[name] for name in ("config", "config_sha256")}
         self.attributes = {**old, **kept, "resumed": past}
         for shard in sorted(self.log.glob("*.nc")):
@@ -152,23 +157,24 @@ class Writer:
     def close(self, status: str, reason: str = "") -> Path:
         """Record how the run ended; a complete run becomes one file, which is returned."""
         self.attributes |= {"status": status, "reason": reason, "finished_at": _now()}
-        try:
-            if status != "complete":
+        if status != "complete":
+            try:
+                self.flush()
+            finally:  # how it ended is small, and may fit where a shard does not
                 try:
-                    self.flush()
-                finally:  # how it ended is small, and may fit where a shard does not
                     self.annotate()
-                return self.folder
-            self.flush()  # the file first: a kill in between leaves a whole run
-            tree = _merge(self.folder)
-            tree.attrs = self._attributes()
-            _save(tree, self.file, _packed(tree))
-            self.annotate()
-            for shard in self.log.glob("*.nc"):
-                shard.unlink()
-            return self.file
-        finally:
-            self.claim.release()
+                finally:
+                    self.claim.release()
+            return self.folder
+        self.flush()
+        tree = _merge(self.folder)
+        tree.attrs = self._attributes()
+        _save(tree, self.file, _packed(tree))  # first: a kill here leaves a whole run
+        self.annotate()
+        for shard in self.log.glob("*.nc"):
+            shard.unlink()
+        self.claim.release()
+        return self.file
 
     def _dataset(self, group: str, rows: Sequence[tuple[int, dict[str, Any]]]) -> xr.Dataset:
         data: dict[str, Any] = {}
@@ -197,6 +203,8 @@ def open_run(path: str | os.PathLike) -> xr.DataTree:
         except OSError as error:
             raise BadValue(f"{path} is not a run file that can be read: {error}.") from error
     folder = path.with_suffix("") if path.suffix == ".nc" else path
+    if not folder.name:
+        raise Missing(f"There is no run at {path}: it is no run's folder.")
     finished = folder.with_name(folder.name + ".nc")
     if finished.is_file():
         return open_run(finished)
@@ -300,8 +308,11 @@ def _merge(folder: Path) -> xr.DataTree:
     """All shards of a run folder as one tree, with the attributes of run.json."""
     parts: dict[str, list[xr.Dataset]] = {}
     for shard in sorted((folder / "log").glob("*.nc")):
-        with xr.open_datatree(shard, engine=ENGINE) as tree:
-            tree.load()
+        try:
+            with xr.open_datatree(shard, engine=ENGINE) as tree:
+                tree.load()
+        except OSError as error:
+            raise BadValue(f"{shard} is damaged: {first_line(error)}.") from error
         for name, node in tree.children.items():
             parts.setdefault(name, []).append(node.to_dataset())
     groups = {

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from trinity_lib import checkpoint, disk
 from trinity_lib.config import BadValue, Missing, differences, from_json
+from trinity_lib.optim import Phase
 from trinity_lib.record import read_attributes
 from trinity_lib.run import RunConfig, schedule
 
@@ -33,10 +34,9 @@ def find(config: RunConfig, runs: Path, *, own_steps: bool = False) -> RunConfig
                 "out to begin one, or name the run."
             )
         folder, old = found
-    phases = old.phases if own_steps else config.phases
-    config = dataclasses.replace(config, name=folder.name, phases=phases)
     _require_same(config, old, folder)
-    return config
+    phases = old.phases if own_steps else config.phases
+    return dataclasses.replace(config, name=folder.name, phases=phases)
 
 
 def configuration(folder: Path) -> RunConfig:
@@ -78,8 +78,31 @@ def compare(config: RunConfig, old: RunConfig, folder: Path) -> int:
     return done
 
 
+def _changed(config: RunConfig, old: RunConfig) -> list[str]:
+    """What differs but for the name and the number of steps.
+
+    A short schedule lacks phases, so one list of phases must be a part of the other.
+    """
+    new, was = ([_timeless(phase) for phase in c.phases] for c in (config, old))
+    shorter, longer = sorted((new, was), key=len)
+    rest = iter(longer)
+    alike = all(any(phase == other for other in rest) for phase in shorter)
+    differs = [] if alike else [f"phases are {new!r} and were {was!r}"]
+    if len(new) == len(was):
+        differs = [
+            f"phase {i + 1}: {each}"
+            for i, (a, b) in enumerate(zip(was, new, strict=True))
+            for each in differences(a, b)
+        ]
+    return differences(old, config, FREE) + differs
+
+
+def _timeless(phase: Phase) -> Phase:
+    return dataclasses.replace(phase, tokens=1, larger_batch=None, warmup=0)
+
+
 def _require_same(config: RunConfig, old: RunConfig, folder: Path) -> None:
-    changed = differences(old, config, FREE)
+    changed = _changed(config, old)
     if changed:
         raise BadValue(
             f"The run {folder.name!r} cannot be resumed so: {'; '.join(changed)}. Only steps "
@@ -99,7 +122,7 @@ def _newest_alike(config: RunConfig, runs: Path) -> tuple[Path, RunConfig] | Non
             old = configuration(folder)
         except BadValue:
             continue  # of another version or torn: not the same configuration
-        if not differences(old, config, FREE):
+        if not _changed(config, old):
             found.append((json.loads(file.read_text())["created_at"], folder, old))
     if not found:
         return None

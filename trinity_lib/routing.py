@@ -30,7 +30,8 @@ class RouterConfig:
 
     def __post_init__(self) -> None:
         check(self)
-        require(self.num_experts >= 1, "num_experts", self.num_experts, "at least 1")
+        fits = 1 <= self.num_experts <= 1_000_000
+        require(fits, "num_experts", self.num_experts, "at least 1, at most 1,000,000")
         in_range = 1 <= self.top_k <= self.num_experts
         require(in_range, "top_k", self.top_k, f"from 1 to num_experts ({self.num_experts})")
         require(self.route_scale > 0, "route_scale", self.route_scale, "above zero")

@@ -3,9 +3,10 @@
 Ranks take their shares of it; its state is small, and resumes it exactly.
 """
 
+import hashlib
 import itertools
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -23,13 +24,13 @@ class Shuffled:
         self.order = np.zeros(0, np.int64)
         self.taken = self.epoch = 0
 
-    def next(self) -> np.ndarray:
-        """Tokens of the next document."""
+    def next(self) -> tuple[int, np.ndarray]:
+        """Number and tokens of the next document."""
         if self.taken == len(self.order):
             self._shuffle()
-        tokens = self.documents.document(int(self.order[self.taken]))
+        index = int(self.order[self.taken])
         self.taken += 1
-        return tokens
+        return index, self.documents.document(index)
 
     def _shuffle(self) -> None:
         self.before = self.generator.bit_generator.state
@@ -65,8 +66,8 @@ class Live:
         self.before = self.after = streamed.hub.start
         self.texts = streamed.hub.documents()
 
-    def next(self) -> np.ndarray:
-        """Tokens of the next document; BadValue where the stream has none for training."""
+    def next(self) -> tuple[int, np.ndarray]:
+        """-1 and the next document's tokens; BadValue where the stream has none to train on."""
         while self.taken == len(self.ready):
             self.epoch = max(1, self.epoch)
             if self._read():
@@ -78,7 +79,7 @@ class Live:
             self.after = self.streamed.hub.start
             self.texts = self.streamed.hub.documents()
         self.taken += 1
-        return self.ready[self.taken - 1]
+        return -1, self.ready[self.taken - 1]
 
     def _read(self) -> bool:
         """Tokenise the next few documents; whether the stream had any."""
@@ -94,16 +95,40 @@ class Live:
     def state(self) -> dict[str, Any]:
         """What `restore` needs, for JSON."""
         names = ("epoch", "taken", "found", "before", "after")
-        return {name: getattr(self, name) for name in names} | {"ready": len(self.ready)}
+        return {name: getattr(self, name) for name in names} | {"ready": self._digest()}
+
+    def _digest(self) -> str:
+        """Hash of the last few documents, "" before the first: a stream may have changed."""
+        every = b"".join(tokens.tobytes() + b"|" for tokens in self.ready)
+        return hashlib.sha256(every).hexdigest() if self.ready else ""
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Stand where `state` was taken; the last few documents are read again."""
+        """Stand where `state` was taken; the last few documents are read again.
+
+        BadValue where they are others than they were.
+        """
         self.after = state["before"]
         self.texts = self.streamed.hub.documents(self.after)
         if state["ready"]:
             self._read()
+        if self._digest() != state["ready"]:
+            path = self.streamed.hub.source.path
+            raise BadValue(f"data is {path!r}; the stream has changed since the checkpoint.")
         self.before, self.after = state["before"], state["after"]
         self.epoch, self.taken, self.found = (state[n] for n in ("epoch", "taken", "found"))
+
+
+class Open(NamedTuple):
+    """A document that rows are filled from."""
+
+    tokens: np.ndarray
+    """Its tokens."""
+    head: int
+    """How many of them are read."""
+    domain: str
+    """Where it comes from."""
+    number: int
+    """Its number there; -1 where it came from a stream."""
 
 
 class Stream:
@@ -136,17 +161,18 @@ class Stream:
             feed = self.feeds[name]
             empty = isinstance(feed, Shuffled) and not len(feed.documents)
             require(not (share and empty), "mixture", name, "a domain with training text")
-        positive = {name: share for name, share in mixture.items() if share > 0}
+        # In the feeds' order, not the mapping's: JSON sorts keys, and ties go to the first.
+        positive = {name: mixture[name] for name in self.feeds if mixture.get(name, 0) > 0}
         total = sum(positive.values())
         self.mixture = {name: share / total for name, share in positive.items()}
         self.issued = dict.fromkeys(self.feeds, 0)
 
-    def next(self) -> np.ndarray:
-        """Tokens of the next document."""
+    def next(self) -> "Open":
+        """The next document, unread."""
         name = min(self.mixture, key=lambda n: self.issued[n] / self.mixture[n])
-        tokens = self.feeds[name].next()
+        number, tokens = self.feeds[name].next()
         self.issued[name] += len(tokens)
-        return tokens
+        return Open(tokens, 0, name, number)
 
     def state(self) -> dict[str, Any]:
         """What `restore` needs, for JSON."""
@@ -173,7 +199,7 @@ class Rows:
     def __init__(self, stream: Stream, sequence_length: int, rsdb: int, seed: int) -> None:
         self.stream, self.length, self.rsdb = stream, sequence_length, rsdb
         self.random = np.random.default_rng([seed, 1_000_003])
-        self.open: list[tuple[np.ndarray, int]] = []
+        self.open: list[Open] = []
 
     def batch(self, rows: int) -> Batch:
         """The next `rows` rows."""
@@ -187,12 +213,10 @@ class Rows:
         filled = piece = 0
         while filled < self.length:
             if len(self.open) <= self.rsdb:
-                self.open += [
-                    (self.stream.next(), 0)
-                    for _ in range(max(1, 2 * self.rsdb) - len(self.open))
-                ]
+                missing = max(1, 2 * self.rsdb) - len(self.open)
+                self.open += [self.stream.next() for _ in range(missing)]
             chosen = int(self.random.integers(len(self.open))) if self.rsdb else 0
-            tokens, head = self.open[chosen]
+            tokens, head = self.open[chosen][:2]
             stop = min(len(tokens), head + self.length - filled)
             place(batch, row, filled, piece, tokens, head, stop)
             filled += stop - head
@@ -200,20 +224,34 @@ class Rows:
             if stop == len(tokens):
                 self.open.pop(chosen)
             else:
-                self.open[chosen] = (tokens, stop)
+                self.open[chosen] = self.open[chosen]._replace(head=stop)
 
     def state(self) -> tuple[dict[str, Any], np.ndarray, np.ndarray]:
-        """(facts for JSON, the unread tokens of open documents, where each ends)."""
-        unread = [tokens[head:] for tokens, head in self.open]
+        """(facts for JSON, unread tokens of streamed open documents, where each ends).
+
+        Other open documents are in the facts, by number and read head.
+        """
+        unread = [each.tokens[each.head :] for each in self.open if each.number < 0]
         ends = np.array([len(tokens) for tokens in unread], dtype=np.int64).cumsum()
-        facts = {"stream": self.stream.state(), "generator": self.random.bit_generator.state}
+        facts = {
+            "stream": self.stream.state(),
+            "generator": self.random.bit_generator.state,
+            "open": [[each.domain, each.number, each.head] for each in self.open],
+        }
         return facts, np.concatenate([np.zeros(0, np.int32), *unread]), ends
 
     def restore(self, facts: Mapping[str, Any], tokens: np.ndarray, ends: np.ndarray) -> None:
         """Stand where `state` was taken: the next row is the one that would have come."""
         self.stream.restore(facts["stream"])
         self.random.bit_generator.state = facts["generator"]
-        self.open = [(unread, 0) for unread in np.split(tokens, ends[:-1]) if len(unread)]
+        streamed = iter(np.split(tokens, ends[:-1]))
+        self.open = []
+        for domain, number, head in facts["open"]:
+            feed = self.stream.feeds[domain]
+            if isinstance(feed, Shuffled):
+                self.open.append(Open(feed.documents.document(number), head, domain, number))
+            else:
+                self.open.append(Open(next(streamed), 0, domain, number))
 
 
 def share_of(batch: Batch, part: int, parts: int) -> Batch:

@@ -75,8 +75,12 @@ def start(config: RunConfig, runs: Path, cache: Path, *, resumes: bool = False) 
         return _build(config, claim, cache)
     except BaseException as error:
         claim.release()
-        if disk.is_full(error) and not isinstance(error, disk.NoSpace):
+        if isinstance(error, Refusal):
+            raise
+        if disk.is_full(error):
             raise disk.NoSpace(f"The disk of {runs} or {cache} is full: free some.") from error
+        if isinstance(error, OSError) and error.filename is not None:
+            raise BadValue(f"{error.filename} cannot be used: {error.strerror}.") from error
         raise
 
 
@@ -192,13 +196,16 @@ def _held_out(config: RunConfig, loaded: Loaded) -> dict[str, evaluate.Domain]:
 
 
 def _require_alike(config: RunConfig, folder: Path, vocabulary: Vocabulary | None) -> None:
-    changed = differences(hub.read_config(folder), config.model)
+    unused = ("load_balance_coeff", "max_positions")
+    changed = differences(hub.read_config(folder), config.model, unused)
     if changed:
         raise BadValue(
             f"init is {config.init!r}, a checkpoint of another model: {'; '.join(changed)}."
         )
-    named = (folder / tokenizer.FILE).is_file()
-    theirs = checkpoint.load_vocabulary(folder) if named else vocabulary
+    has_one = (folder / tokenizer.FILE).is_file()
+    if not has_one and not config.data.tokenizer:
+        raise BadValue(f"init is {config.init!r}, which has no tokenizer.json: give tokenizer.")
+    theirs = checkpoint.load_vocabulary(folder) if has_one else vocabulary
     if theirs is not None and vocabulary is not None and theirs.sha256 != vocabulary.sha256:
         raise BadValue(
             f"init is {config.init!r}, whose tokenizer is another than this run's: give "

@@ -12,7 +12,7 @@ import re
 import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from glob import glob
+from glob import escape, glob
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +57,7 @@ def parse(
     sources: list[Source] = []
     weights = {}
     for part in filter(None, (part.strip() for part in text.split(","))):
-        match = re.fullmatch(r"(.+?)\s*(?:=\s*([\d.:\s]+))?", part)
+        match = re.fullmatch(r"(.+?)\s*(?:=\s*([\d.:\s]+))?", part, re.DOTALL)
         assert match is not None
         path, numbers = match[1].strip(), (match[2] or "1").split(":")
         name = _name(path, {source.name for source in sources})
@@ -83,13 +83,27 @@ def _name(path: str, taken: set[str]) -> str:
 
 def _locate(path: str, folders: Iterable[Path]) -> str:
     """The absolute form of a path or glob that matches something."""
-    wanted = Path(path).expanduser()
-    tried = [folder / wanted for folder in folders]
-    for candidate in tried:
-        if candidate.exists() or glob(str(candidate), recursive=True):
-            return str(candidate)
+    try:
+        wanted = Path(path).expanduser()
+        tried = [folder / wanted for folder in folders]
+        for candidate in tried:
+            if candidate.exists() or _matches(candidate):
+                return str(candidate)
+    except (OSError, RuntimeError) as error:  # too long for a name; no such user
+        raise Missing(f"data is {path!r:.80}; it is no path: {first_line(error)}.") from error
     places = " or ".join(dict.fromkeys(str(c.parent) for c in tried))
     raise Missing(f"data is {path!r}; nothing is there (looked in {places}).")
+
+
+def _matches(path: Path) -> list[str]:
+    """Files of a glob; a folder above the first wildcard is taken as it is written."""
+    parts = path.parts
+    first = next((i for i, part in enumerate(parts) if set(part) & set("*?[")), len(parts))
+    for plain in range(len(parts), first - 1, -1):
+        top = Path(*parts[:plain]) if plain else Path()
+        if top.is_dir():
+            return glob(str(Path(escape(str(top)), *parts[plain:])), recursive=True)
+    return glob(str(path), recursive=True)
 
 
 def files_of(source: Source) -> list[Path]:
@@ -99,7 +113,7 @@ def files_of(source: Source) -> list[Path]:
     other kind.
     """
     path = Path(source.path)
-    matches = [path] if path.exists() else map(Path, glob(source.path, recursive=True))
+    matches = [path] if path.exists() else map(Path, _matches(path))
     found: set[Path] = set()
     for match in matches:
         if match.is_dir():
@@ -139,7 +153,7 @@ def _json_lines(file: Path, field: str) -> Iterator[str]:
                 continue
             try:
                 record = json.loads(text)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise BadValue(f"data: {where} is not JSON: {first_line(error)}.") from error
             if not isinstance(record, dict):
                 raise BadValue(f"data: {where} is not a JSON object with a field {field!r}.")
@@ -156,7 +170,7 @@ def _parquet(file: Path, field: str) -> Iterator[str]:
             for batch in table.iter_batches(columns=[field], batch_size=1000):
                 for value in batch.column(0).to_pylist():
                     yield _field({field: value}, field, f"{file}")
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise BadValue(
             f"data: {file} is not a Parquet file that can be read: {first_line(error)}."
         ) from error
@@ -226,7 +240,7 @@ class Files:
                 yield split, source.name, text
 
     def sample(self, budget: int) -> list[str]:
-        """Training documents, an equal share of `budget` bytes from every source.
+        """Training documents, an equal share of `budget` characters from every source.
 
         Those whose hashes are lowest: the same whatever the order of files.
         """
@@ -240,7 +254,8 @@ class Files:
                     left -= len(text)
                 while left < 0 and len(kept) > 1:
                     left += len(heapq.heappop(kept)[1])
-            texts += [text for _, text in sorted(kept, reverse=True)]
+            room = budget // len(self.sources)
+            texts += [text[:room] for _, text in sorted(kept, reverse=True)]
         return texts
 
     def _texts(self, source: Source) -> Iterator[str]:
@@ -275,7 +290,7 @@ def _ends(text: str, share: int) -> Iterator[tuple[str, str]]:
     """A document less its last part for training; the cut is at a line's or word's end."""
     cut = len(text) - len(text) // share
     for edge in ("\n", " "):
-        found = text.rfind(edge, cut // 2, cut)
+        found = text.rfind(edge, cut - len(text) // share, cut)
         if found >= 0:
             cut = found + 1
             break
@@ -342,7 +357,16 @@ class Hub:
         return self._documents()
 
     def _documents(self) -> Iterator[str]:
-        for record in self._data:
+        records = iter(self._data)
+        while True:
+            try:
+                record = next(records, None)
+            except Exception as error:  # the package and the network raise all sorts
+                raise BadValue(
+                    f"data is {self.source.path!r}; it broke off: {first_line(error)}."
+                ) from error
+            if record is None:
+                return
             text = _field(record, self.source.field, self.source.path)
             yield _encodable(text, self.source.path)
 

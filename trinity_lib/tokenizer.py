@@ -19,8 +19,8 @@ BEGINS = (BEGIN, "<|begin_of_text|>", "<|startoftext|>", "<bos>", "<s>", "[BOS]"
 """Names of begin marks, in the order they are looked for."""
 ENDS = (END, "<|end_of_text|>", "<|endoftext|>", "<eos>", "</s>", "[EOS]", "[SEP]")
 """Names of end marks."""
-SAMPLE_BYTES = 4_000_000
-"""Training text the tokenizer is trained on, at most."""
+SAMPLE_CHARACTERS = 4_000_000
+"""Training text the tokenizer is trained on, about at most."""
 FILE, SETTINGS = "tokenizer.json", "tokenizer_config.json"
 
 
@@ -96,6 +96,7 @@ def load(path: str | Path) -> Vocabulary:
         raise BadValue(
             f"tokenizer {file} is not a tokenizer.json: {first_line(error)}."
         ) from error
+    tokenizer.encode_special_tokens = True  # a mark spelled out in a text is text
     tokenizer.no_truncation()
     tokenizer.no_padding()
     named = _named(file.with_name(SETTINGS))
@@ -120,7 +121,10 @@ def _named(file: Path) -> dict[str, str | None]:
 
 
 def _content(mark: Any) -> str | None:
-    return mark.get("content") if isinstance(mark, dict) else mark
+    name = mark.get("content") if isinstance(mark, dict) else mark
+    if name is not None and not isinstance(name, str):
+        raise BadValue(f"{SETTINGS} names {name!r} as a mark; it must be text.")
+    return name
 
 
 def train(texts: Sequence[str], vocab_size: int) -> Vocabulary:
@@ -137,6 +141,7 @@ def train(texts: Sequence[str], vocab_size: int) -> Vocabulary:
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.encode_special_tokens = True  # a mark spelled out in a text is text
     return Vocabulary(tokenizer, BEGIN, END)
 
 
@@ -147,9 +152,11 @@ def of_corpus(corpus: Texts, vocab_size: int, cache: Path) -> Vocabulary:
     """
     file = cache / f"tokenizer-{vocab_size}-{corpus.sha256[:12]}.json"
     if file.exists():
-        return Vocabulary(Tokenizer.from_file(str(file)), BEGIN, END)
+        tokenizer = Tokenizer.from_file(str(file))
+        tokenizer.encode_special_tokens = True
+        return Vocabulary(tokenizer, BEGIN, END)
     print(f"training a tokenizer of {vocab_size} entries, once: {file}", flush=True)
-    vocabulary = train(corpus.sample(SAMPLE_BYTES), vocab_size)
+    vocabulary = train(corpus.sample(SAMPLE_CHARACTERS), vocab_size)
     if vocabulary.size != vocab_size:
         raise BadValue(
             f"vocab_size is {vocab_size}; it must be at most {vocabulary.size}, what this "

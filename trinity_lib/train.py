@@ -74,14 +74,14 @@ def train(
                 _step(session, step)
             session.progress.close()
             session.writer.annotate(epochs=session.rows.stream.epoch)
+            for folder in session.writer.folder.glob(f"{checkpoint.ROTATING}*"):
+                disk.remove_folder(folder)  # the last phase's end is the base
             file = session.writer.close("complete")
         except BaseException as error:
             ended = _failed(session, error)
             if ended is error:
                 raise
             raise ended from error
-        for folder in session.writer.folder.glob(f"{checkpoint.ROTATING}*"):
-            disk.remove_folder(folder)  # the last phase's end is the base
         return open_run(file)
 
 
@@ -124,7 +124,10 @@ def _failed(session: Session, error: BaseException) -> BaseException:
     """Write down how the run ended, as far as the disk lets it; what is to be raised."""
     session.progress.close()
     if disk.is_full(error):
-        last = checkpoint.newest(session.writer.folder)
+        try:
+            last = checkpoint.newest(session.writer.folder)
+        except Refusal:
+            last = None
         kept = f"its last checkpoint is {last.name}" if last else "it has no checkpoint yet"
         error = disk.NoSpace(
             f"The disk of {session.writer.folder} is full at step {session.step}; {kept}: "
