@@ -117,6 +117,10 @@ def test_a_run_is_named_once(tiny: RunConfig) -> None:
         ({"name": "é" * 101}, "it must be at most 200 bytes"),
         ({"seed": 2**63}, "it must be below 2\\*\\*63"),
         ({"threads": 4096}, "threads is 4096; it must be at most 1024"),
+        (
+            {"record_choices": True, "model.router.num_experts": 40_000},
+            "record_choices is True; it must be false above 32,767 experts",
+        ),
         ({"keep": 0}, "keep is 0; it must be at least 1"),
         ({"checkpoint_every": 0}, "checkpoint_every is 0; it must be at least 1"),
         ({"phases": ()}, "phases is \\(\\); it must be at least one phase"),

@@ -77,6 +77,8 @@ class RunConfig:
         experts = len(self.model.moe_layers)
         right = f"below num_layers ({self.model.num_layers}): a run trains a router"
         require(experts > 0, "num_dense_layers", self.model.num_dense_layers, right)
+        fits = not self.record_choices or self.model.router.num_experts < 2**15
+        require(fits, "record_choices", True, "false above 32,767 experts: stored as int16")
         require(len(self.phases) > 0, "phases", self.phases, "at least one phase")
         counts = ("micro_batches", "evaluate_every", "record_every", "log_every", "threads")
         for name in (*counts, "checkpoint_every", "keep"):
