@@ -44,6 +44,7 @@ train: setup
 
 test: setup
 	$(PY) -m pytest
+	TRITON_INTERPRET=1 $(PY) -m pytest tests/interpreter
 
 check: setup
 	$(PY) -m ruff check $(CODE)
@@ -58,3 +59,5 @@ bench: setup
 
 gpu: setup
 	$(PY) -m pytest -m gpu tests
+	$(PY) benchmarks/layer.py
+	$(PY) -m papermill notebooks/kernels.ipynb runs/kernels.ipynb --progress-bar

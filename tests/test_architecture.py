@@ -10,11 +10,13 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "trinity_lib"
 MODULES = sorted(p.stem for p in PACKAGE.glob("*.py") if p.stem != "__init__")
 LAYERS = (
-    ("config", "progress", "world", "schema", "plugin"),
+    ("config", "progress", "world", "schema", "plugin", "allocator"),
     ("disk", "corpus"),
     ("record", "sources"),
     ("tokenizer", "balance", "metrics"),
     ("data", "plots", "routing", "attention"),
+    ("_standins", "dropless", "native"),
+    ("_megablocks",),
     ("rows", "experts", "simulate"),
     ("model",),
     ("optim", "losses", "generate", "afmoe"),

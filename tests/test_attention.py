@@ -1,5 +1,6 @@
 """Attention against loops over heads and positions written from the equations."""
 
+import dataclasses
 import math
 
 import pytest
@@ -78,8 +79,46 @@ def test_positions_count_from_each_documents_start() -> None:
 
 def test_the_window_counts_the_token_itself() -> None:
     shared = context(torch.zeros(1, 6, dtype=torch.long), CONFIG, torch.float32)
-    assert shared.window_B1SS.sum(-1).flatten().tolist() == [1, 2, 3, 3, 3, 3]
+    assert shared.window.sum(-1).flatten().tolist() == [1, 2, 3, 3, 3, 3]
     assert shared.everything_B1SS.sum(-1).flatten().tolist() == [1, 2, 3, 4, 5, 6]
+
+
+@hypothesis_settings(deadline=None, max_examples=30)
+@given(
+    st.lists(st.integers(1, 90), min_size=1, max_size=5),
+    st.integers(1, 40),
+    st.integers(0, 30),
+)
+def test_blocks_of_a_window_are_the_whole_mask(
+    lengths: list[int], window: int, padding: int
+) -> None:
+    """Rows of any length and packing, also no multiple of a block, and with padding."""
+    config = dataclasses.replace(CONFIG, window=window)
+    flat = [d for d, length in enumerate(lengths) for _ in range(length)]
+    documents = torch.tensor([[-1] * padding + flat, flat + [-1] * padding])
+    generator = torch.Generator().manual_seed(len(flat))
+    shape = (2, documents.shape[1], 10)
+    x = torch.randn(shape, generator=generator, dtype=torch.float64, requires_grad=True)
+    built = Attention(config, 10, 1e-5, is_global=False).double()
+    for p in built.parameters():
+        torch.nn.init.normal_(p, std=0.6, generator=generator)
+    shared = context(documents, config, torch.float64)
+    near = torch.arange(shape[1])[:, None] - torch.arange(shape[1]) < window
+    whole = shared._replace(window=shared.everything_B1SS & near)
+    results = []
+    for seen in (shared, whole):
+        y = built(x, seen)
+        (gradient,) = torch.autograd.grad(y.square().sum(), x)
+        results.append((y, gradient))
+    torch.testing.assert_close(results[0], results[1], atol=1e-12, rtol=1e-10)
+
+
+def test_long_rows_are_attended_to_in_blocks() -> None:
+    config = dataclasses.replace(CONFIG, window=32)
+    long = context(torch.zeros(2, 100, dtype=torch.long), config, torch.float32)
+    assert long.window.shape == (2 * 4, 1, 32, 64)
+    short = context(torch.zeros(2, 64, dtype=torch.long), config, torch.float32)
+    assert short.window.shape == (2, 1, 64, 64)
 
 
 def test_no_gradient_crosses_a_documents_edge() -> None:
@@ -118,7 +157,7 @@ def test_positions_and_masks_of_any_packing(lengths: list[int]) -> None:
         row = [int(s <= t and flat[s] == own) for s in range(len(flat))]
         assert shared.everything_B1SS[0, 0, t].int().tolist() == row
         near = [int(r and t - s <= 2) for s, r in enumerate(row)]
-        assert shared.window_B1SS[0, 0, t].int().tolist() == near
+        assert shared.window[0, 0, t].int().tolist() == near
         angles = [at * 100.0 ** (-i / 2) for i in (0, 1, 0, 1)]
         cos, sin = shared.cos_BSC[0, t].tolist(), shared.sin_BSC[0, t].tolist()
         assert cos == pytest.approx([math.cos(a) for a in angles], abs=1e-6)

@@ -50,7 +50,8 @@ def test_text_that_spells_a_value_is_taken() -> None:
 
 def test_every_single_setting_exists_and_is_reached() -> None:
     values = {"seed": 5, "balance": "none", "optimizer": "adamw", "device": "cpu", "name": "n"}
-    values |= {"balance_rate": 0.5, "recompute": True, "record_choices": True}
+    values |= {"balance_rate": 0.5, "recompute": True, "record_choices": True, "compile": True}
+    values |= {"experts": "torch"}
     for name, path in launch.SETTINGS.items():
         value = values.get(name, 8)
         found = launch.configure(**{name: value})
@@ -153,6 +154,8 @@ BAD: list[tuple[dict, str]] = [
     ({"recompute": "maybe"}, "recompute is 'maybe'; it must be true or false"),
     ({"record_choices": 1}, "record_choices is 1; it must be true or false"),
     ({"checkpoint_every": 0}, "checkpoint_every is 0; it must be at least 1"),
+    ({"experts": "fast"}, "experts is 'fast'; it must be one of auto, torch, native"),
+    ({"compile": "maybe"}, "compile is 'maybe'"),
     ({"threads": 0}, "threads is 0; it must be at least 1"),
     ({"threads": 10**6}, "threads is 1000000; it must be at most 1024"),
     ({"device": "tpu"}, "device is 'tpu'; it must be one of cpu, cuda"),

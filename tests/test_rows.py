@@ -75,7 +75,7 @@ def test_no_token_sees_across_a_documents_edge(lengths: list[int], rsdb: int) ->
     batch = rows_of(lengths, 16, rsdb).batch(4)
     seen = context(torch.from_numpy(batch.documents_BS), ATTENTION, torch.float32)
     owner = np.repeat(np.arange(len(lengths)), lengths)[batch.tokens_BS]
-    for mask in (seen.everything_B1SS, seen.window_B1SS):
+    for mask in (seen.everything_B1SS, seen.window):
         row, query, key = (i.numpy() for i in torch.where(mask.squeeze(1)))
         np.testing.assert_array_equal(owner[row, query], owner[row, key])
         assert (batch.tokens_BS[row, query] >= batch.tokens_BS[row, key]).all()

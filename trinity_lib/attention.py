@@ -9,6 +9,9 @@ from torch import Tensor, nn
 
 from trinity_lib.config import check, require
 
+SMALLEST_BLOCK = 32
+"""Queries of one block of sliding attention, where the window is not wider."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionConfig:
@@ -43,12 +46,14 @@ class Context(NamedTuple):
 
     everything_B1SS: Tensor
     """Query may see key: same document, not later."""
-    window_B1SS: Tensor
-    """The same, within the window."""
+    window: Tensor
+    """The same, within the window: [B, 1, S, S], or [N, 1, W, 2W] for `in_blocks`."""
     cos_BSC: Tensor
     """RoPE cosines [B, S, C]."""
     sin_BSC: Tensor
     """RoPE sines [B, S, C]."""
+    seen: Tensor | None = None
+    """When decoding: the new token's position, counted from its row's start, 0-d int64."""
 
 
 class Linear(nn.Linear):
@@ -91,10 +96,25 @@ def context(documents_BS: Tensor, config: AttentionConfig, dtype: torch.dtype) -
     index_S = torch.arange(S, device=documents_BS.device)
     same_BSS = documents_BS.unsqueeze(2) == documents_BS.unsqueeze(1)
     distance_SS = index_S.unsqueeze(1) - index_S.unsqueeze(0)
-    everything_BSS = same_BSS & (distance_SS >= 0)
-    window_BSS = everything_BSS & (distance_SS < config.window)
-    cos_BSC, sin_BSC = rotary(positions(documents_BS), config, dtype)
-    return Context(everything_BSS.unsqueeze(1), window_BSS.unsqueeze(1), cos_BSC, sin_BSC)
+    everything_B1SS = (same_BSS & (distance_SS >= 0)).unsqueeze(1)
+    block = max(config.window, SMALLEST_BLOCK)
+    if 2 * block * -(-S // block) * block < S**2:
+        window = _window_in_blocks(documents_BS, config.window, block)
+    else:
+        window = everything_B1SS & (distance_SS < config.window)
+    return Context(everything_B1SS, window, *rotary(positions(documents_BS), config, dtype))
+
+
+def _window_in_blocks(documents_BS: Tensor, window: int, block: int) -> Tensor:
+    """Which of its own and the previous block's keys each query sees, [N, 1, W, 2W]."""
+    missing = -documents_BS.shape[1] % block
+    own_BNW = F.pad(documents_BS, (0, missing), value=-2).unflatten(1, (-1, block))
+    before_BNW = F.pad(own_BNW[:, :-1], (0, 0, 1, 0), value=-3)
+    same_BNWP = own_BNW.unsqueeze(3) == torch.cat([before_BNW, own_BNW], 2).unsqueeze(2)
+    index = torch.arange(2 * block, device=documents_BS.device)
+    distance_WP = index[block:].unsqueeze(1) - index
+    seen_BNWP = same_BNWP & (distance_WP >= 0) & (distance_WP < window)
+    return seen_BNWP.flatten(0, 1).unsqueeze(1)
 
 
 def positions(documents_BS: Tensor) -> Tensor:
@@ -125,51 +145,82 @@ def rotate(x_BHSC: Tensor, cos_BSC: Tensor, sin_BSC: Tensor) -> Tensor:
     return x_BHSC * cos_BSC.unsqueeze(1) + turned_BHSC * sin_BSC.unsqueeze(1)
 
 
+def in_blocks(q_BHSC: Tensor, k_BHSC: Tensor, v_BHSC: Tensor, mask_N1WP: Tensor) -> Tensor:
+    """Sliding attention over blocks of W queries and the 2W keys they may see, [B, H, S, C].
+
+    Its cost and its mask grow with S*W instead of S*S. N is B times the blocks of a row, W
+    the window or a little more.
+    """
+    B, _, S, _ = q_BHSC.shape
+    block = mask_N1WP.shape[-2]
+
+    def blocks(x_BHSC: Tensor) -> Tensor:
+        padded = F.pad(x_BHSC, (0, 0, 0, -S % block))
+        return padded.unflatten(2, (-1, block)).transpose(1, 2)
+
+    def with_previous(x_BHSC: Tensor) -> Tensor:
+        own = blocks(x_BHSC)
+        before = F.pad(own[:, :-1], (0, 0) * 3 + (1, 0))
+        return torch.cat([before, own], 3).flatten(0, 1)
+
+    mixed = F.scaled_dot_product_attention(
+        blocks(q_BHSC).flatten(0, 1), with_previous(k_BHSC), with_previous(v_BHSC),
+        attn_mask=mask_N1WP, enable_gqa=True,
+    )  # fmt: skip
+    return mixed.unflatten(0, (B, -1)).transpose(1, 2).flatten(2, 3)[:, :, :S]
+
+
 class Memory:
-    """One layer's keys and values, preallocated; a sliding layer's is a ring of its window."""
+    """One layer's keys and values, preallocated; a sliding layer's is a ring of its window.
+
+    Its shape never changes and its slots are found by tensors, so that a compiled step of
+    decoding serves every position.
+    """
 
     def __init__(self, batch: int, room: int, config: AttentionConfig, like: Tensor) -> None:
         shape = (batch, config.num_kv_heads, room, config.head_dim)
         self.keys_BHPC, self.values_BHPC = like.new_zeros(shape), like.new_zeros(shape)
-        self.room, self.seen = room, 0
+        self.room = room
 
-    def extend(self, k_BHSC: Tensor, v_BHSC: Tensor) -> tuple[Tensor, Tensor]:
-        """Keep new keys and values; those to attend to: a prompt's own, or all that is held."""
+    def fill(self, k_BHSC: Tensor, v_BHSC: Tensor) -> None:
+        """Keep a prompt's keys and values, the last `room` of them."""
         S = k_BHSC.shape[2]
         kept = min(S, self.room)
-        slots = torch.arange(self.seen + S - kept, self.seen + S, device=k_BHSC.device)
-        self.keys_BHPC[:, :, slots % self.room] = k_BHSC[:, :, -kept:]
-        self.values_BHPC[:, :, slots % self.room] = v_BHSC[:, :, -kept:]
-        self.seen += S
-        if self.seen == S:
-            return k_BHSC, v_BHSC
-        held = min(self.seen, self.room)
-        return self.keys_BHPC[:, :, :held], self.values_BHPC[:, :, :held]
+        slots = torch.arange(S - kept, S, device=k_BHSC.device) % self.room
+        self.keys_BHPC[:, :, slots] = k_BHSC[:, :, -kept:]
+        self.values_BHPC[:, :, slots] = v_BHSC[:, :, -kept:]
 
-    def positions(self) -> Tensor:
-        """The position each held slot will have once the next token is kept."""
-        held = min(self.seen + 1, self.room)
-        slot_P = torch.arange(held, device=self.keys_BHPC.device)
-        return self.seen - (self.seen - slot_P) % self.room
+    def append(self, k_BH1C: Tensor, v_BH1C: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
+        """Keep one more token's, at position `seen`; everything held, empty slots too."""
+        slot = (seen % self.room).reshape(1)
+        self.keys_BHPC.index_copy_(2, slot, k_BH1C)
+        self.values_BHPC.index_copy_(2, slot, v_BH1C)
+        return self.keys_BHPC, self.values_BHPC
+
+    def visible(self, starts_B: Tensor, seen: Tensor) -> Tensor:
+        """Which slots position `seen` may attend to, [B, 1, 1, P]; not padding, not empty ones.
+
+        A slot holds the latest position that maps to it; in a ring those are the window.
+        """
+        slot_P = torch.arange(self.room, device=starts_B.device)
+        held_P = seen - (seen - slot_P) % self.room
+        return (held_P >= starts_B.unsqueeze(1))[:, None, None]
 
 
 def decode_context(
-    starts_B: Tensor, everything: Memory | None, window: Memory | None,
+    starts_B: Tensor, seen: Tensor, everything: Memory | None, window: Memory | None,
     config: AttentionConfig, dtype: torch.dtype,
 ) -> Context:  # fmt: skip
-    """What one more token of each row may see; `starts_B` is where the row's tokens begin.
+    """What one more token of each row, at position `seen` (0-d int64), may attend to.
 
-    Every held slot of a ring is within the window, so that padding alone is masked.
+    `starts_B` is where a row's tokens begin, behind its padding.
     """
-    seen = next(m.seen for m in (everything, window) if m is not None)
-    masks = [
-        (memory.positions() >= starts_B.unsqueeze(1))[:, None, None] if memory else None
-        for memory in (everything, window)
-    ]
-    none = torch.ones(len(starts_B), 1, 1, 1, dtype=torch.bool, device=starts_B.device)
-    everything_B11P, window_B11P = (none if mask is None else mask for mask in masks)
+    some = everything or window
+    assert some is not None
+    everything_B11P = (everything or some).visible(starts_B, seen)
+    window_B11P = (window or some).visible(starts_B, seen)
     cos_B1C, sin_B1C = rotary((seen - starts_B).unsqueeze(1), config, dtype)
-    return Context(everything_B11P, window_B11P, cos_B1C, sin_B1C)
+    return Context(everything_B11P, window_B11P, cos_B1C, sin_B1C, seen)
 
 
 class Attention(nn.Module):
@@ -207,11 +258,16 @@ class Attention(nn.Module):
         if not self.is_global:
             q_BHSC = rotate(q_BHSC, context.cos_BSC, context.sin_BSC)
             k_BHSC = rotate(k_BHSC, context.cos_BSC, context.sin_BSC)
-        if memory is not None:
-            k_BHSC, v_BHSC = memory.extend(k_BHSC, v_BHSC)
-        mask_B1SS = context.everything_B1SS if self.is_global else context.window_B1SS
-        mixed_BHSC = F.scaled_dot_product_attention(
-            q_BHSC, k_BHSC, v_BHSC, attn_mask=mask_B1SS, enable_gqa=True
-        )
+        if memory is not None and context.seen is not None:
+            k_BHSC, v_BHSC = memory.append(k_BHSC, v_BHSC, context.seen)
+        elif memory is not None:
+            memory.fill(k_BHSC, v_BHSC)
+        mask = context.everything_B1SS if self.is_global else context.window
+        if mask.shape[-2] == S:
+            mixed_BHSC = F.scaled_dot_product_attention(
+                q_BHSC, k_BHSC, v_BHSC, attn_mask=mask, enable_gqa=True
+            )
+        else:
+            mixed_BHSC = in_blocks(q_BHSC, k_BHSC, v_BHSC, mask)
         mixed_BSD = mixed_BHSC.transpose(1, 2).reshape(B, S, -1)
         return self.out(mixed_BSD * self.gate(x_BSD).sigmoid())

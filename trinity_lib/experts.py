@@ -1,19 +1,36 @@
 """Dropless experts: every token reaches every expert it chose, whatever the imbalance.
 
-This module owns the expert weights, expert-first as MegaBlocks lays them out, and computes
-with plain torch: sort rows by expert, one grouped matrix product per projection, weigh in
-fp32, sum over the chosen experts.
+This module owns the expert weights, expert-first as MegaBlocks lays them out, and offers
+backends that compute the same: sort rows by expert, one matrix product per expert and
+projection, weigh in fp32, sum over the chosen experts.
+
+    torch        grouped matrix products of torch; everywhere, and the reference
+    native       one expert per thread in a C++ operator; fp32 on the CPU
+    megablocks   MegaBlocks' own dropless layer; CUDA, or Triton's interpreter
+
+    python -m trinity_lib.experts          # what is live here
 """
 
-import importlib.metadata
-from typing import Any
+import functools
+import json
+import sys
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from trinity_lib import _megablocks, dropless, native
 from trinity_lib.attention import Linear
+from trinity_lib.config import Missing, require
+from trinity_lib.dropless import weigh
 from trinity_lib.routing import Routing
+
+Backend = Literal["auto", "torch", "native", "megablocks"]
+"""`auto`: megablocks on CUDA, native for fp32 on the CPU, torch where those are missing."""
+
+FEW_ROWS = 64
+"""Decoding: up to this many chosen experts, their weights are gathered instead of sorted."""
 
 
 class SwiGLU(nn.Module):
@@ -33,6 +50,8 @@ class SwiGLU(nn.Module):
 class Experts(nn.Module):
     """The routed experts of one layer: `num_experts` SwiGLUs of hidden width F."""
 
+    backend: Backend = "auto"
+
     def __init__(self, num_experts: int, width: int, hidden: int) -> None:
         super().__init__()
         self.gate_EFD = nn.Parameter(torch.empty(num_experts, hidden, width))
@@ -41,73 +60,109 @@ class Experts(nn.Module):
 
     def forward(self, x_TD: Tensor, routing: Routing) -> Tensor:
         """The weighted sum of each token's chosen experts, [T, D]."""
-        T, K = routing.experts_TK.shape
         dtype, kind = x_TD.dtype, x_TD.device.type
-        if torch.is_autocast_enabled(kind):  # the grouped GEMM does not heed autocast
+        if torch.is_autocast_enabled(kind):  # grouped products do not heed autocast
             dtype = torch.get_autocast_dtype(kind)
-        gate_EFD, up_EFD, down_EFD = (
-            weight.to(dtype) for weight in (self.gate_EFD, self.up_EFD, self.down_EFD)
-        )
-        flat_R = routing.experts_TK.flatten()
-        order_R = flat_R.argsort(stable=True)
-        inverse_R = torch.empty_like(order_R).scatter_(
-            0, order_R, torch.arange(T * K, device=order_R.device)
-        )
-        ends_E = torch.bincount(flat_R, minlength=self.gate_EFD.shape[0]).cumsum(0)
-
-        x_RD = _Permute.apply(x_TD.to(dtype).repeat_interleave(K, dim=0), order_R, inverse_R)
-        gate_RF = grouped_matmul(x_RD, gate_EFD.transpose(1, 2), ends_E)
-        up_RF = grouped_matmul(x_RD, up_EFD.transpose(1, 2), ends_E)
-        y_RD = grouped_matmul(F.silu(gate_RF) * up_RF, down_EFD, ends_E)
-        y_TKD = _Permute.apply(y_RD, inverse_R, order_R).view(T, K, -1)
-
-        weighted_TKD = y_TKD.to(routing.weights_TK.dtype) * routing.weights_TK.unsqueeze(-1)
-        return weighted_TKD.to(x_TD.dtype).sum(1)
+        x = x_TD.to(dtype)
+        weights = [w.to(dtype) for w in (self.gate_EFD, self.up_EFD, self.down_EFD)]
+        backend = live(self.backend, kind, dtype)
+        if backend == "megablocks":
+            y = _megablocks.forward(x, routing.experts_TK, routing.weights_TK, *weights)
+        elif backend == "native":
+            arguments = (x, *weights, routing.experts_TK, routing.weights_TK)
+            y = torch.ops.trinity_native.experts(*arguments)[0]
+        elif not torch.is_grad_enabled() and routing.experts_TK.numel() <= FEW_ROWS:
+            y = _gathered(x, routing, *weights)
+        else:
+            y = dropless.forward(x, *weights, routing.experts_TK, routing.weights_TK)[0]
+        return y.to(x_TD.dtype)
 
 
-class _Permute(torch.autograd.Function):
-    """Rows in another order; backward is the inverse order, a gather without atomics."""
+def use_backend(model: nn.Module, backend: Backend, dtype: torch.dtype | None = None) -> None:
+    """Have every `Experts` of a model compute with `backend`; `auto` is what they begin with.
 
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
-        ctx.save_for_backward(inverse)
-        return x[index]
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
-        (inverse,) = ctx.saved_tensors
-        return gradient[inverse], None, None
-
-
-def grouped_matmul(x_RI: Tensor, weight_EIO: Tensor, ends_E: Tensor) -> Tensor:
-    """Rows of expert e, up to `ends_E[e]`, times that expert's matrix: [R, O].
-
-    torch's grouped GEMM where it can (16-byte rows; no float64; no fp32 on CUDA), else a
-    loop over experts.
+    `dtype` is what they multiply in, where autocast makes it another than the weights'.
+    Raises BadValue for a backend there is not, Missing for one that cannot compute there.
     """
-    if _grouped_gemm_takes(x_RI, weight_EIO):
-        return F.grouped_mm(x_RI, weight_EIO, offs=ends_E.to(torch.int32))
-    sizes = ends_E.diff(prepend=ends_E.new_zeros(1)).tolist()
-    pieces = zip(x_RI.split(sizes), weight_EIO.unbind(0), strict=True)
-    return torch.cat([rows @ weight for rows, weight in pieces])
+    choices = get_args(Backend)
+    require(backend in choices, "experts", backend, f"one of {', '.join(choices)}")
+    for module in model.modules():
+        if isinstance(module, Experts):
+            weight = module.gate_EFD
+            live(backend, weight.device.type, dtype or weight.dtype)
+            module.backend = backend
 
 
-def _grouped_gemm_takes(x_RI: Tensor, weight_EIO: Tensor) -> bool:
-    aligned = all(size * x_RI.element_size() % 16 == 0 for size in weight_EIO.shape[1:])
-    known = x_RI.dtype in (torch.bfloat16, torch.float16)
-    known = known or (x_RI.dtype == torch.float32 and not x_RI.is_cuda)
-    return aligned and known and x_RI.shape[0] > 0
+@torch.compiler.assume_constant_result
+def live(backend: Backend, device: str, dtype: torch.dtype) -> str:
+    """The backend that computes: `torch`, `native` or `megablocks`.
+
+    Raises Missing where one that is asked for by name cannot.
+    """
+    if backend == "torch" or (backend == "auto" and device not in ("cpu", "cuda")):
+        return "torch"
+    wanted = backend
+    if backend == "auto":
+        wanted = "megablocks" if device == "cuda" else "native"
+    missing = _missing(wanted, device, dtype)
+    if not missing:
+        return wanted
+    if backend == "auto":
+        return "torch"
+    raise Missing(f"experts is {backend!r}, which cannot compute here: {missing}.")
 
 
-def backend_info() -> dict[str, str]:
-    """What computes the experts here, for the run file."""
-    try:
-        megablocks = importlib.metadata.version("megablocks")
-    except importlib.metadata.PackageNotFoundError:
-        megablocks = "not installed"
+def _missing(backend: str, device: str, dtype: torch.dtype) -> str:
+    if backend == "megablocks":
+        return _megablocks.unavailable(device, dtype)
+    if device != "cpu" or dtype != torch.float32:
+        name = str(dtype).removeprefix("torch.")
+        return f"it takes float32 on the CPU, not {name} on {device}"
+    return _native()
+
+
+@functools.cache
+def _native() -> str:
+    missing = native.missing()
+    if not missing:
+        dropless.differentiable("trinity_native")
+    return missing
+
+
+def backend_info(
+    backend: Backend = "auto", device: str = "cpu", dtype: torch.dtype = torch.float32
+) -> dict[str, str]:
+    """What computes the experts on this machine, for the run file; loads what it names."""
+    missing = _native()
     return {
-        "backend": "torch",
+        "backend": live(backend, device, dtype),
+        "asked_for": backend,
+        "device": device,
+        "dtype": str(dtype).removeprefix("torch."),
+        "torch": torch.__version__,
         "grouped_gemm": "torch.nn.functional.grouped_mm; a loop over experts in float64, in "
         "fp32 on CUDA, and where widths are not multiples of 16 bytes",
-        "megablocks_installed": megablocks,
+        "native": missing or "compiled",
+        "megablocks": _megablocks.unavailable(device, dtype) or "available",
+        **{f"megablocks_{key}": value for key, value in _megablocks.info().items()},
     }
+
+
+def _gathered(x: Tensor, routing: Routing, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    """The experts of a few tokens, over copies of the chosen weights."""
+    chosen_TK, x_T1D1 = routing.experts_TK, x[:, None, :, None]
+    hidden_TKF1 = F.silu(gate[chosen_TK] @ x_T1D1) * (up[chosen_TK] @ x_T1D1)
+    y_TKD = (hidden_TKF1.mT @ down[chosen_TK]).squeeze(2)
+    return weigh(y_TKD, routing.weights_TK)
+
+
+def main() -> None:
+    """Print what is live here, as JSON."""
+    cuda = torch.cuda.is_available()
+    info = backend_info("auto", *(("cuda", torch.bfloat16) if cuda else ("cpu", torch.float32)))
+    json.dump(info, sys.stdout, indent=2)
+    print()
+
+
+if __name__ == "__main__":
+    main()

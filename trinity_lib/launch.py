@@ -29,6 +29,8 @@ SETTINGS = {
     "micro_batches": "micro_batches",
     "recompute": "recompute",
     "threads": "threads",
+    "experts": "experts",
+    "compile": "compile",
     "device": "device",
     "vocab_size": "model.vocab_size",
     "checkpoint_every": "checkpoint_every",
@@ -62,6 +64,8 @@ def configure(
     checkpoint_every: int | None = None,
     resume: bool = False,
     threads: int | None = None,
+    experts: str | None = None,
+    compile: bool | None = None,
     device: str | None = None,
     name: str = "",
 ) -> RunConfig:

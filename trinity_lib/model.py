@@ -112,6 +112,8 @@ class Cache(NamedTuple):
 
     starts_B: Tensor
     """Where each row's tokens begin, behind its padding."""
+    seen: Tensor
+    """Positions seen, padding included, 0-d int64."""
     memories: tuple[Memory, ...]
     """Keys and values of every layer."""
 
@@ -203,11 +205,10 @@ class Trinity(nn.Module):
         one document. `select` is a balancer's; without it the stored biases choose.
         `replay` gives every MoE layer's experts_TK instead. `recompute` keeps no
         activations inside blocks and computes them again in backward. `cache` keeps keys
-        and values: empty it takes prompts, padded on the left; later one more token of each
-        row. `last` gives the logits of the last position alone.
+        and values: of prompts, padded on the left, where `documents_BS` is given (once), of
+        one more token of each row where it is not. `last` gives the logits of the last
+        position alone.
         """
-        if documents_BS is None:
-            documents_BS = torch.zeros_like(tokens_BS)
         if replay is not None and len(replay) != len(self.config.moe_layers):
             raise ValueError(
                 f"replay has {len(replay)} layers; the model has "
@@ -216,7 +217,7 @@ class Trinity(nn.Module):
         h_BSD = self.embedding(tokens_BS)
         if self.config.scale_embedding:
             h_BSD = h_BSD * math.sqrt(self.config.width)
-        shared = self._context(documents_BS, cache, h_BSD.dtype)
+        shared = self._context(tokens_BS, documents_BS, cache, h_BSD.dtype)
         states, routings = [h_BSD], []
         for i, block in enumerate(self.blocks):
             moe = i - self.config.num_dense_layers
@@ -232,6 +233,8 @@ class Trinity(nn.Module):
                 routings.append(routing)
             if hidden:
                 states.append(h_BSD)
+        if cache is not None:
+            cache.seen.add_(tokens_BS.shape[1])
         h_BSD = self.norm(h_BSD)
         head_VD = self.embedding.weight if self.head is None else self.head.weight
         logits_BSV = F.linear(h_BSD[:, -1:] if last else h_BSD, head_VD)
@@ -249,16 +252,25 @@ class Trinity(nn.Module):
             )
             for i in range(self.config.num_layers)
         )
-        return Cache(starts_B, memories)
+        return Cache(starts_B, starts_B.new_zeros(()), memories)
 
     def _context(
-        self, documents_BS: Tensor, cache: Cache | None, dtype: torch.dtype
+        self,
+        tokens_BS: Tensor,
+        documents_BS: Tensor | None,
+        cache: Cache | None,
+        dtype: torch.dtype,
     ) -> Context:
-        if cache is None or cache.memories[0].seen == 0:
-            return context(documents_BS, self.config.attention, dtype)
-        of_kind = {self.config.is_global(i): m for i, m in enumerate(cache.memories)}
+        attention = self.config.attention
+        if cache is None or documents_BS is not None:
+            if documents_BS is None:
+                documents_BS = torch.zeros_like(tokens_BS)
+            return context(documents_BS, attention, dtype)
+        one = tokens_BS.shape[1] == 1
+        require(one, "tokens_BS", list(tokens_BS.shape), "[B, 1] where a cache goes on")
+        kinds = {self.config.is_global(i): m for i, m in enumerate(cache.memories)}
         return decode_context(
-            cache.starts_B, of_kind.get(True), of_kind.get(False), self.config.attention, dtype
+            cache.starts_B, cache.seen, kinds.get(True), kinds.get(False), attention, dtype
         )
 
     def routers(self) -> list[Router]:

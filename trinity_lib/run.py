@@ -9,6 +9,7 @@ from trinity_lib import optim
 from trinity_lib.balance import BalanceConfig
 from trinity_lib.config import check, digest, require
 from trinity_lib.data import DataConfig
+from trinity_lib.experts import Backend
 from trinity_lib.model import ModelConfig
 from trinity_lib.optim import OptimConfig, Phase
 
@@ -63,6 +64,10 @@ class RunConfig:
     """Where to train; on CUDA matrices multiply in bf16 over fp32 weights."""
     dtype: Literal["float32", "float64"] = "float32"
     """Of the weights."""
+    experts: Backend = "auto"
+    """What computes the routed experts: `auto`, `torch`, `native` or `megablocks`."""
+    compile: bool = False
+    """Compile the model with torch.compile: half a minute or more, then a faster step."""
 
     def __post_init__(self) -> None:
         check(self)

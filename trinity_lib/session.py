@@ -3,6 +3,7 @@
 import hashlib
 import os
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,11 +24,12 @@ from trinity_lib import (
     rows,
     tokenizer,
 )
+from trinity_lib.allocator import keep_memory
 from trinity_lib.checkpoint import State
 from trinity_lib.config import BadValue, Refusal, differences, require, to_json
 from trinity_lib.data import Loaded
-from trinity_lib.experts import backend_info
-from trinity_lib.model import Trinity, count_parameters
+from trinity_lib.experts import backend_info, use_backend
+from trinity_lib.model import Output, Trinity, count_parameters
 from trinity_lib.progress import Progress
 from trinity_lib.record import Claim, Writer, provenance, read_attributes
 from trinity_lib.run import RunConfig, named
@@ -43,6 +45,8 @@ class Session:
 
     config: RunConfig
     model: Trinity
+    forward: Callable[..., Output]
+    """The model, compiled where that was asked for."""
     balancer: balance.Balancer
     optimizers: list[torch.optim.Optimizer]
     rows: rows.Rows
@@ -117,6 +121,7 @@ def _build(config: RunConfig, claim: Claim, cache: Path) -> Session:
     session = Session(
         config=config,
         model=model,
+        forward=torch.compile(model.forward, dynamic=False) if config.compile else model,
         balancer=balancer,
         optimizers=optimizers,
         rows=rows.Rows(stream, config.data.sequence_length, config.data.rsdb, config.seed),
@@ -182,7 +187,13 @@ def _placed(config: RunConfig, model: Trinity) -> Trinity:
     model = model.to(device=config.device, dtype=getattr(torch, config.dtype))
     for router in model.routers():
         router.bias_E = router.bias_E.float()
+    use_backend(model, config.experts, products_dtype(config))
     return model
+
+
+def products_dtype(config: RunConfig) -> torch.dtype:
+    """What matrices are multiplied in: bf16 on CUDA, the weights' dtype on the CPU."""
+    return torch.bfloat16 if config.device == "cuda" else getattr(torch, config.dtype)
 
 
 def _held_out(config: RunConfig, loaded: Loaded) -> dict[str, evaluate.Domain]:
@@ -283,7 +294,8 @@ def _attributes(config: RunConfig, loaded: Loaded, begun: bool) -> dict[str, Any
         "config_sha256": hashlib.sha256(text.encode()).hexdigest(),
         "device": config.device,
         "threads": config.threads,
-        "experts_backend": backend_info(),
+        "experts_backend": backend_info(config.experts, config.device, products_dtype(config)),
+        "allocator": keep_memory() if config.device == "cpu" else "torch's CUDA allocator",
         "parameters_total": count.total,
         "parameters_active": count.active,
         "parameters_active_with_embeddings": count.active_with_embeddings,

@@ -206,7 +206,7 @@ def _forward(
     config = session.config
     cuda = config.device == "cuda"
     with torch.autocast("cuda", torch.bfloat16) if cuda else contextlib.nullcontext():
-        return session.model(
+        return session.forward(
             tokens_BS,
             documents_BS,
             select=session.balancer.select,

@@ -1,0 +1,266 @@
+// Routed SwiGLU experts on the CPU, fp32: one expert, or one block of its rows, per thread.
+//
+// A grouped matrix product spreads each expert's small product over all threads and pays for
+// that once an expert; here threads take whole experts. Blocks and slices follow from the
+// routing alone, and every sum has one fixed order, so the bits do not depend on the number
+// of threads. Names: T tokens, K choices, R = T*K rows sorted by expert, D width, F hidden.
+
+#include <algorithm>
+#include <atomic>
+#include <vector>
+
+#include <ATen/ATen.h>
+#include <ATen/Parallel.h>
+#include <ATen/cpu/vec/vec.h>
+#include <torch/library.h>
+
+namespace {
+
+using at::Tensor;
+using Vec = at::vec::Vectorized<float>;
+
+constexpr int64_t kBlock = 256;  // rows of one task; a heavy expert is several
+constexpr int64_t kNarrowest = 32;  // columns of the thinnest slice of a weight gradient
+
+struct Task {
+  int64_t expert, begin, end;
+};
+
+// Tasks are taken from one counter: loads are uneven, and any thread may take any task. Each
+// thread has `scratch` floats of its own, which stay in its cache from task to task.
+template <typename F>
+void run(const std::vector<Task>& tasks, int64_t scratch, const F& work) {
+  std::atomic<size_t> next{0};
+  const int64_t threads = std::max<int64_t>(1, std::min<int64_t>(at::get_num_threads(), tasks.size()));
+  Tensor space = at::empty({threads, scratch}, at::kFloat);
+  float* own = space.data_ptr<float>();
+  at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t) {
+    c10::InferenceMode guard;
+    for (size_t i = next++; i < tasks.size(); i = next++) work(tasks[i], own + begin * scratch);
+  });
+}
+
+std::vector<Task> row_blocks(const int64_t* ends, int64_t experts) {
+  std::vector<Task> tasks;
+  for (int64_t e = 0; e < experts; ++e) {
+    for (int64_t r = e ? ends[e - 1] : 0; r < ends[e]; r += kBlock) {
+      tasks.push_back({e, r, std::min(ends[e], r + kBlock)});
+    }
+  }
+  return tasks;
+}
+
+// Slices [begin, end) of F for the weight gradients of experts of no rows or several blocks.
+std::vector<Task> weight_slices(const int64_t* ends, int64_t experts, int64_t hidden) {
+  std::vector<Task> tasks;
+  for (int64_t e = 0; e < experts; ++e) {
+    const int64_t rows = ends[e] - (e ? ends[e - 1] : 0);
+    if (rows > 0 && rows <= kBlock) continue;
+    const int64_t wanted = std::max<int64_t>(1, (rows + kBlock - 1) / kBlock);
+    const int64_t slices = std::min(wanted, std::max<int64_t>(1, hidden / kNarrowest));
+    const int64_t width = (hidden + slices - 1) / slices;
+    for (int64_t f = 0; f < hidden; f += width) {
+      tasks.push_back({e, f, std::min(hidden, f + width)});
+    }
+  }
+  return tasks;
+}
+
+Tensor view(const float* data, int64_t rows, int64_t columns, int64_t stride) {
+  return at::from_blob(const_cast<float*>(data), {rows, columns}, {stride, 1}, at::kFloat);
+}
+
+Tensor view(const float* data, int64_t rows, int64_t columns) {
+  return view(data, rows, columns, columns);
+}
+
+void gather(const float* from, const int64_t* order, const Task& t, int64_t K, int64_t D, float* to) {
+  for (int64_t r = t.begin; r < t.end; ++r) {
+    std::copy_n(from + order[r] / K * D, D, to + (r - t.begin) * D);
+  }
+}
+
+// hidden = silu(gate) * up
+void swiglu(const float* gate, const float* up, float* hidden, int64_t n) {
+  for (int64_t i = 0; i < n; i += Vec::size()) {
+    const int64_t left = std::min<int64_t>(Vec::size(), n - i);
+    const Vec g = Vec::loadu(gate + i, left), u = Vec::loadu(up + i, left);
+    (g / (Vec(1.0f) + g.neg().exp()) * u).store(hidden + i, left);
+  }
+}
+
+// From the gradient of `hidden`, before weighting, to those of gate and up; `hidden` becomes
+// weight * silu(gate) * up. Returns the gradient of the row's weight.
+float swiglu_backward(
+    const float* gate, const float* up, float* hidden, float weight, float* dgate, float* dup, int64_t n) {
+  Vec total(0.0f);
+  const Vec one(1.0f), w(weight);
+  for (int64_t i = 0; i < n; i += Vec::size()) {
+    const int64_t left = std::min<int64_t>(Vec::size(), n - i);
+    const Vec g = Vec::loadu(gate + i, left), u = Vec::loadu(up + i, left);
+    const Vec d = Vec::loadu(hidden + i, left);
+    const Vec s = one / (one + g.neg().exp());
+    const Vec silu = g * s, h = silu * u, dw = d * w;
+    total = at::vec::fmadd(d, h, total);  // lanes past the end are loaded as zeros
+    (dw * u * s * (one + g * (one - s))).store(dgate + i, left);
+    (dw * silu).store(dup + i, left);
+    (h * w).store(hidden + i, left);
+  }
+  float lanes[Vec::size()], sum = 0.0f;
+  total.store(lanes);
+  for (float lane : lanes) sum += lane;
+  return sum;
+}
+
+// to[t] = sum over k of row[inverse[t * K + k]] (times its weight), in the order of k.
+void combine(
+    const float* rows, const int64_t* inverse, const float* weights, float* to, int64_t T, int64_t K, int64_t D) {
+  at::parallel_for(0, T, 64, [&](int64_t begin, int64_t end) {
+    for (int64_t t = begin; t < end; ++t) {
+      float* out = to + t * D;
+      for (int64_t k = 0; k < K; ++k) {
+        const float* row = rows + inverse[t * K + k] * D;
+        const Vec w(weights ? weights[t * K + k] : 1.0f);
+        for (int64_t d = 0; d < D; d += Vec::size()) {
+          const int64_t left = std::min<int64_t>(Vec::size(), D - d);
+          const Vec product = Vec::loadu(row + d, left) * w;
+          (k ? Vec::loadu(out + d, left) + product : product).store(out + d, left);
+        }
+      }
+    }
+  });
+}
+
+void check(const Tensor& x, const Tensor& gate, const Tensor& up, const Tensor& down) {
+  for (const Tensor& t : {x, gate, up, down}) {
+    TORCH_CHECK(t.scalar_type() == at::kFloat && t.is_cpu(), "the native experts take fp32 on the CPU");
+  }
+}
+
+// y_TD; what backward needs: gate and up before activation [R, F]; order_R, inverse_R, ends_E.
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> forward(
+    const Tensor& x_, const Tensor& gate_, const Tensor& up_, const Tensor& down_,
+    const Tensor& experts_, const Tensor& weights_) {
+  check(x_, gate_, up_, down_);
+  const Tensor x = x_.contiguous(), gate = gate_.contiguous(), up = up_.contiguous();
+  const Tensor down = down_.contiguous(), experts = experts_.contiguous(), weights = weights_.contiguous();
+  const int64_t T = experts.size(0), K = experts.size(1), R = T * K;
+  const int64_t E = gate.size(0), F = gate.size(1), D = gate.size(2);
+  const auto counts = experts.options();
+  Tensor order = at::empty({R}, counts), inverse = at::empty({R}, counts), ends = at::zeros({E}, counts);
+  Tensor gate_RF = at::empty({R, F}, x.options()), up_RF = at::empty({R, F}, x.options());
+  Tensor y_RD = at::empty({R, D}, x.options()), y = at::empty({T, D}, x.options());
+
+  const int64_t* chosen = experts.const_data_ptr<int64_t>();
+  int64_t *o = order.data_ptr<int64_t>(), *inv = inverse.data_ptr<int64_t>(), *end = ends.data_ptr<int64_t>();
+  for (int64_t r = 0; r < R; ++r) {
+    TORCH_CHECK(chosen[r] >= 0 && chosen[r] < E, "expert ", chosen[r], " of ", E, " was chosen");
+    ++end[chosen[r]];
+  }
+  for (int64_t e = 1; e < E; ++e) end[e] += end[e - 1];
+  std::vector<int64_t> at(E, 0);
+  for (int64_t e = 1; e < E; ++e) at[e] = end[e - 1];
+  for (int64_t r = 0; r < R; ++r) {
+    inv[r] = at[chosen[r]]++;
+    o[inv[r]] = r;
+  }
+
+  const float *xs = x.const_data_ptr<float>(), *wg = gate.const_data_ptr<float>();
+  const float *wu = up.const_data_ptr<float>(), *wd = down.const_data_ptr<float>();
+  float *g = gate_RF.data_ptr<float>(), *u = up_RF.data_ptr<float>(), *ys = y_RD.data_ptr<float>();
+  run(row_blocks(end, E), kBlock * (D + F), [&](const Task& t, float* rows) {
+    const int64_t n = t.end - t.begin, w = t.expert * F * D;
+    float* hidden = rows + n * D;
+    gather(xs, o, t, K, D, rows);
+    Tensor g_ = view(g + t.begin * F, n, F), u_ = view(u + t.begin * F, n, F), y_ = view(ys + t.begin * D, n, D);
+    const Tensor x_nD = view(rows, n, D);
+    at::mm_out(g_, x_nD, view(wg + w, F, D).t());
+    at::mm_out(u_, x_nD, view(wu + w, F, D).t());
+    swiglu(g + t.begin * F, u + t.begin * F, hidden, n * F);
+    at::mm_out(y_, view(hidden, n, F), view(wd + w, F, D));
+  });
+  combine(ys, inv, weights.const_data_ptr<float>(), y.data_ptr<float>(), T, K, D);
+  return {y, gate_RF, up_RF, order, inverse, ends};
+}
+
+// Gradients of x, gate, up, down and of the routing weights.
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
+    const Tensor& dy_, const Tensor& x_, const Tensor& gate_, const Tensor& up_, const Tensor& down_,
+    const Tensor& weights_, const Tensor& gate_RF, const Tensor& up_RF, const Tensor& order,
+    const Tensor& inverse, const Tensor& ends) {
+  check(dy_, x_, gate_, up_);
+  const Tensor dy = dy_.contiguous(), x = x_.contiguous(), gate = gate_.contiguous(), up = up_.contiguous();
+  const Tensor down = down_.contiguous(), weights = weights_.contiguous();
+  const int64_t T = weights.size(0), K = weights.size(1), R = T * K;
+  const int64_t E = gate.size(0), F = gate.size(1), D = gate.size(2);
+  const auto like = x.options();
+  Tensor x_RD = at::empty({R, D}, like), dy_RD = at::empty({R, D}, like), dx_RD = at::empty({R, D}, like);
+  Tensor dgate_RF = at::empty({R, F}, like), dup_RF = at::empty({R, F}, like), hidden_RF = at::empty({R, F}, like);
+  Tensor dx = at::empty({T, D}, like), dweights = at::empty({T, K}, like);
+  Tensor dgate = at::empty({E, F, D}, like), dup = at::empty({E, F, D}, like), ddown = at::empty({E, F, D}, like);
+
+  const int64_t *o = order.const_data_ptr<int64_t>(), *end = ends.const_data_ptr<int64_t>();
+  const float *xs = x.const_data_ptr<float>(), *dys = dy.const_data_ptr<float>();
+  const float *wg = gate.const_data_ptr<float>(), *wu = up.const_data_ptr<float>(), *wd = down.const_data_ptr<float>();
+  const float* ws = weights.const_data_ptr<float>();
+  float *xr = x_RD.data_ptr<float>(), *dyr = dy_RD.data_ptr<float>(), *dxr = dx_RD.data_ptr<float>();
+  float *g = dgate_RF.data_ptr<float>(), *u = dup_RF.data_ptr<float>(), *h = hidden_RF.data_ptr<float>();
+  const float *gs = gate_RF.const_data_ptr<float>(), *us = up_RF.const_data_ptr<float>();
+  float* dws = dweights.data_ptr<float>();
+  float *dg = dgate.data_ptr<float>(), *du = dup.data_ptr<float>(), *dd = ddown.data_ptr<float>();
+  // Rows [first, first + n) of an expert: their x and dy, and dgate, dup, hidden of width F.
+  struct Rows {
+    float *x, *dy, *gate, *up, *hidden;
+  };
+  const auto weight_gradients = [&](const Task& t, int64_t n, const Rows& rows) {
+    const int64_t width = t.end - t.begin, w = (t.expert * F + t.begin) * D, f = t.begin;
+    const Tensor x_nD = view(rows.x, n, D), dy_nD = view(rows.dy, n, D);
+    Tensor dg_ = view(dg + w, width, D), du_ = view(du + w, width, D), dd_ = view(dd + w, width, D);
+    at::mm_out(dg_, view(rows.gate + f, n, width, F).t(), x_nD);
+    at::mm_out(du_, view(rows.up + f, n, width, F).t(), x_nD);
+    at::mm_out(dd_, view(rows.hidden + f, n, width, F).t(), dy_nD);
+  };
+  const auto kept = [&](int64_t r) { return Rows{xr + r * D, dyr + r * D, g + r * F, u + r * F, h + r * F}; };
+  run(row_blocks(end, E), kBlock * (2 * D + 3 * F), [&](const Task& t, float* own) {
+    const int64_t n = t.end - t.begin, w = t.expert * F * D;
+    const int64_t first = t.expert ? end[t.expert - 1] : 0;
+    const bool whole = t.begin == first && t.end == end[t.expert];
+    float* wide = own + 2 * n * D;
+    const Rows rows = whole ? Rows{own, own + n * D, wide, wide + n * F, wide + 2 * n * F} : kept(t.begin);
+    gather(xs, o, t, K, D, rows.x);
+    gather(dys, o, t, K, D, rows.dy);
+    Tensor h_ = view(rows.hidden, n, F), dx_ = view(dxr + t.begin * D, n, D);
+    at::mm_out(h_, view(rows.dy, n, D), view(wd + w, F, D).t());
+    for (int64_t i = 0; i < n; ++i) {
+      const int64_t r = o[t.begin + i], f = (t.begin + i) * F;
+      dws[r] = swiglu_backward(
+          gs + f, us + f, rows.hidden + i * F, ws[r], rows.gate + i * F, rows.up + i * F, F);
+    }
+    at::mm_out(dx_, view(rows.gate, n, F), view(wg + w, F, D));
+    dx_.addmm_(view(rows.up, n, F), view(wu + w, F, D));
+    if (whole) weight_gradients({t.expert, 0, F}, n, rows);
+  });
+  run(weight_slices(end, E, F), 0, [&](const Task& t, float*) {
+    const int64_t first = t.expert ? end[t.expert - 1] : 0, n = end[t.expert] - first;
+    if (n) return weight_gradients(t, n, kept(first));
+    const int64_t w = (t.expert * F + t.begin) * D, size = (t.end - t.begin) * D;
+    for (float* d : {dg, du, dd}) std::fill_n(d + w, size, 0.0f);
+  });
+  combine(dxr, inverse.const_data_ptr<int64_t>(), nullptr, dx.data_ptr<float>(), T, K, D);
+  return {dx, dgate, dup, ddown, dweights};
+}
+
+}  // namespace
+
+TORCH_LIBRARY(trinity_native, m) {
+  m.def("experts(Tensor x, Tensor gate, Tensor up, Tensor down, Tensor experts, Tensor weights) -> "
+        "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def("experts_backward(Tensor dy, Tensor x, Tensor gate, Tensor up, Tensor down, Tensor weights, "
+        "Tensor gate_RF, Tensor up_RF, Tensor order, Tensor inverse, Tensor ends) -> "
+        "(Tensor, Tensor, Tensor, Tensor, Tensor)");
+}
+
+TORCH_LIBRARY_IMPL(trinity_native, CPU, m) {
+  m.impl("experts", forward);
+  m.impl("experts_backward", backward);
+}

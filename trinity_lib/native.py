@@ -1,0 +1,78 @@
+"""The experts' C++ operator for the CPU, compiled once, where a compiler is at hand."""
+
+import functools
+import hashlib
+import os
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+
+SOURCE = Path(__file__).with_name("native.cpp")
+FLAGS = {
+    "AVX512": ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma"),
+    "AVX2": ("-mavx2", "-mfma", "-mf16c"),
+}
+"""What torch's own kernels are compiled with, by the capability it finds in the CPU."""
+
+
+@functools.cache
+def missing() -> str:
+    """Load the operator, compiling it the first time: "", or one clause why it cannot be.
+
+    It registers `torch.ops.trinity_native.experts` and `.experts_backward`. The compiled
+    library is kept where torch keeps its extensions (TORCH_EXTENSIONS_DIR), named by the
+    hash of the source, torch and CPU. TRINITY_NATIVE=0 in the environment leaves it out.
+    """
+    if os.environ.get("TRINITY_NATIVE") == "0":
+        return "TRINITY_NATIVE is 0"
+    from torch.utils.cpp_extension import get_default_build_root
+
+    capability = torch.backends.cpu.get_cpu_capability()
+    flags = (*FLAGS.get(capability, ()), f"-DCPU_CAPABILITY={capability}")
+    flags = ("-O3", "-fopenmp", *flags, f"-DCPU_CAPABILITY_{capability}")
+    identity = "\n".join((SOURCE.read_text(), torch.__version__, sys.platform, *flags))
+    digest = hashlib.sha256(identity.encode()).hexdigest()[:16]
+    folder = os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root()
+    library = Path(folder) / f"trinity_native_{digest}.so"
+    try:
+        if library.exists():
+            torch.ops.load_library(library)
+        else:
+            _compile(library, flags)
+    except (RuntimeError, OSError) as error:
+        return f"the C++ operator cannot be compiled or loaded ({_cause(error)})"
+    return ""
+
+
+def _compile(library: Path, flags: tuple[str, ...]) -> None:
+    """Compile and load, in a folder of its own: a killed build leaves torch's lock behind."""
+    from torch.utils import cpp_extension
+
+    if shutil.which(cpp_extension.get_cxx_compiler()) is None:
+        raise OSError(f"no C++ compiler: {cpp_extension.get_cxx_compiler()} is not there")
+    print("compiling the experts' C++ operator (once, about 10 s)", file=sys.stderr)
+    library.parent.mkdir(parents=True, exist_ok=True)
+    path = os.environ.get("PATH", "")
+    with tempfile.TemporaryDirectory(dir=library.parent) as folder:
+        # ninja is beside this Python where the environment is not activated
+        os.environ["PATH"] = os.pathsep.join((str(Path(sys.executable).parent), path))
+        try:
+            cpp_extension.load(
+                library.stem,
+                [str(SOURCE)],
+                extra_cflags=list(flags),
+                extra_ldflags=["-fopenmp"],
+                build_directory=folder,
+                is_python_module=False,
+            )
+        finally:
+            os.environ["PATH"] = path
+        (Path(folder) / library.name).replace(library)
+
+
+def _cause(error: Exception) -> str:
+    lines = [line for line in str(error).splitlines() if "error" in line.lower()]
+    return (lines or [str(error).splitlines()[0]])[-1].strip()[:200]
