@@ -10,15 +10,16 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "trinity_lib"
 MODULES = sorted(p.stem for p in PACKAGE.glob("*.py") if p.stem != "__init__")
 LAYERS = (
-    ("config", "progress", "world", "schema", "plugin", "allocator"),
+    ("config", "progress", "world", "schema", "plugin", "allocator", "native"),
     ("disk", "corpus"),
     ("record", "sources"),
     ("tokenizer", "balance", "metrics"),
-    ("data", "plots", "routing", "attention"),
-    ("_standins", "dropless", "native"),
+    ("data", "plots", "plots_kernels", "routing", "attention"),
+    ("_standins", "fused"),
+    ("dropless",),
     ("_megablocks",),
     ("rows", "experts", "simulate"),
-    ("model",),
+    ("model", "agreement"),
     ("optim", "losses", "generate", "afmoe"),
     ("hub",),
     ("checkpoint", "parallel", "evaluate", "harness"),
@@ -30,6 +31,9 @@ LAYERS = (
     ("audit", "compare", "card", "study"),
     ("recipes",),
     ("launch",),
+    ("kernels_config",),
+    ("interpreted",),
+    ("kernels",),
 )
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
 

@@ -1,5 +1,7 @@
 """Every notebook at toy scale through papermill; assertions read the run files."""
 
+import ast
+import inspect
 import json
 import os
 import signal
@@ -16,27 +18,32 @@ import pytest
 import xarray as xr
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from trinity_lib import disk, metrics
+from trinity_lib import disk, kernels_config, metrics
 from trinity_lib.record import open_run
 from trinity_lib.train import RUNS
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 TRAIN = ROOT / "notebooks" / "train.ipynb"
+KERNELS = ROOT / "notebooks" / "kernels.ipynb"
 
 
-def command(output: Path, **parameters: object) -> list[str]:
+def command(output: Path, notebook: Path = TRAIN, **parameters: object) -> list[str]:
     """The papermill call that the README shows."""
-    words = [sys.executable, "-m", "papermill", str(TRAIN), str(output), "--no-progress-bar"]
+    words = [sys.executable, "-m", "papermill", str(notebook), str(output)]
+    words += ["--no-progress-bar"]
     return words + [
         word for key, value in parameters.items() for word in ("-p", key, str(value))
     ]
 
 
-def execute(output: Path, **parameters: object) -> xr.DataTree:
-    """Run train.ipynb as the README does, in a process of its own; return its run."""
+def execute(output: Path, notebook: Path = TRAIN, **parameters: object) -> xr.DataTree:
+    """Run a notebook as the README does, in a process of its own; return its run."""
     done = subprocess.run(
-        command(output, **parameters), capture_output=True, text=True, cwd=output.parent
+        command(output, notebook, **parameters),
+        capture_output=True,
+        text=True,
+        cwd=output.parent,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return open_run(printed_run_file(output))
@@ -96,24 +103,45 @@ def test_the_toy_keeps_its_experts(toy: xr.DataTree) -> None:
 
 
 def test_the_notebook_shows_every_figure_and_the_table(toy: xr.DataTree, folder: Path) -> None:
-    notebook = nbformat.read(folder / "toy.ipynb", as_version=4)
-    images = [
-        o
-        for c in notebook.cells
-        if c.cell_type == "code"
-        for o in c.outputs
-        if "image/png" in o.get("data", {})
-    ]
-    assert len(images) == 7
-    text = json.dumps([c.get("outputs", []) for c in notebook.cells])
-    for word in ("gzip", "MaxVio", "BatchHet", "time-compressed"):
+    shows(folder / "toy.ipynb", 7, ("gzip", "MaxVio", "BatchHet", "time-compressed"))
+
+
+def shows(executed: Path, figures: int, words: tuple[str, ...]) -> None:
+    """That many figures with something in them, those words, and nothing on stderr."""
+    notebook = nbformat.read(executed, as_version=4)
+    outputs = [o for c in notebook.cells for o in c.get("outputs", [])]
+    images = [o.data["image/png"] for o in outputs if "image/png" in o.get("data", {})]
+    assert len(images) == figures and all(len(image) > 10_000 for image in images)
+    text = json.dumps(outputs)
+    for word in words:
         assert word in text
-    assert not [
-        o
-        for c in notebook.cells
-        for o in c.get("outputs", [])
-        if o.output_type == "stream" and o.name == "stderr"
-    ]
+    assert not [o for o in outputs if o.output_type == "stream" and o.name == "stderr"]
+
+
+def test_the_kernels_notebook_measures_every_backend(
+    folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """MegaBlocks too, in Triton's interpreter, whose time is not taken for its speed."""
+    output = folder / "kernels.ipynb"
+    begun = time.monotonic()
+    run = execute(output, KERNELS, name=name(tmp_path_factory, "kernels"))
+    assert time.monotonic() - begun < 60
+    assert run.attrs["status"] == "complete"
+    shows(output, 3, ("agrees", "megablocks", "MaxVio", "times as fast as torch"))
+    smallest = run["agreement"]["error"].isel(tokens=0)
+    assert smallest.backend.values.tolist() == ["torch", "native", "megablocks"]
+    assert (smallest < 10 * run.attrs["epsilon"]).all()
+    seconds = run["speed"]["seconds"]
+    assert (seconds.sel(backend=["torch", "native"]) > 0).all()
+    timed = seconds.sel(backend="megablocks").notnull()
+    assert timed.all() if run.attrs["device"] == "cuda" else not timed.any()
+
+
+def test_the_kernels_notebooks_parameters_are_the_functions() -> None:
+    inspected = papermill.inspect_notebook(str(KERNELS))
+    given = {name: ast.literal_eval(each["default"]) for name, each in inspected.items()}
+    asked = inspect.signature(kernels_config.configure).parameters
+    assert given == {name: each.default for name, each in asked.items()}
 
 
 def test_same_parameters_same_bits_and_a_clean_nbdiff(
@@ -145,6 +173,8 @@ def test_same_parameters_same_bits_and_a_clean_nbdiff(
 @pytest.mark.parametrize(
     ("parameters", "sentence"),
     [
+        ({"notebook": KERNELS, "tokns": 3}, "there is no parameter 'tokns'"),
+        ({"notebook": KERNELS, "tokens": "x"}, "tokens is 'x'; it must be a whole number"),
         ({"stpes": 3}, "there is no parameter 'stpes'"),
         ({"scale": "larg"}, "scale is 'larg'; it must be one of"),
         ({"recompute": "falsch"}, "recompute is 'falsch'; it must be true or false"),
@@ -255,11 +285,12 @@ def test_notebooks_are_committed_as_agreed(path: Path) -> None:
         assert f"{each['name']}=" in later, f"{each['name']} is read by no later cell"
 
 
-def test_help_lists_every_parameter() -> None:
-    words = [sys.executable, "-m", "papermill", "--help-notebook", str(TRAIN)]
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+def test_help_lists_every_parameter(path: Path) -> None:
+    words = [sys.executable, "-m", "papermill", "--help-notebook", str(path)]
     shown = subprocess.run(words, capture_output=True, text=True).stdout
-    assert "steps: int" in shown and "Unknown type" not in shown
-    for each in papermill.inspect_notebook(str(TRAIN)).values():
+    assert "seed: int" in shown and "Unknown type" not in shown
+    for each in papermill.inspect_notebook(str(path)).values():
         assert each["name"] in shown and each["help"].split()[0] in shown
 
 

@@ -11,7 +11,7 @@ import pytest
 from trinity_lib import record
 from trinity_lib.config import BadValue
 from trinity_lib.record import Writer, open_run, open_runs
-from trinity_lib.schema import SCHEMA
+from trinity_lib.schema import SCHEMA, TABLES
 
 COORDINATES = {
     "layer": [1, 2],
@@ -155,6 +155,32 @@ def test_many_runs_are_one_dataset(tmp_path: Path) -> None:
     assert runs["loss"].sel(run="b", step=4) == 400
     assert runs.balance.values.tolist() == ["smebu", "smebu"]
     assert open_runs(str(tmp_path / "*.nc"), rehearsed=True).sizes["run"] == 3
+
+
+def test_groups_without_a_step_are_whole(tmp_path: Path) -> None:
+    """The last table set is the run's, whichever shard it is in, beside groups with steps."""
+    labels = {"tokens": [8, 16], "routing": ["even"], "backend": ["a", "b"], "quantity": ["y"]}
+    writer = Writer(tmp_path / "run", attributes("run"), COORDINATES | labels)
+    for number in range(2):
+        error, max_vio = np.full((2, 2, 1, 1), number + 0.5), np.zeros((2, 1))
+        writer.table("agreement", {"error": error - 9, "max_vio": max_vio})
+        writer.table("agreement", {"error": error, "max_vio": max_vio})
+        fill(writer, range(1 + 10 * number, 11 + 10 * number), flush=False)
+        writer.flush()
+        writer.table("agreement", {"error": error + 0.25, "max_vio": max_vio})
+        writer.flush()
+        left = open_run(tmp_path / "run")
+        assert (left["agreement"]["error"] == number + 0.75).all()
+    with pytest.raises(ValueError, match=r"'agreement'.*max_vio"):
+        writer.table("agreement", {"error": error})
+    run = open_run(writer.close("complete"))
+    assert run["train"].sizes["step"] == 20
+    table = run["agreement"]
+    assert "step" not in table.coords and table["tokens"].values.tolist() == [8, 16]
+    assert (table["error"] == 1.75).all()
+    for name, variable in TABLES["agreement"].items():
+        assert table[name].attrs["units"] == variable.units
+        assert table[name].attrs["long_name"] == variable.long_name
 
 
 def test_provenance_names_code_and_packages() -> None:

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from trinity_lib import native
 from trinity_lib.config import check, require
 
 SMALLEST_BLOCK = 32
@@ -60,14 +61,33 @@ class Linear(nn.Linear):
     """torch's, without a bias unless asked and without values: `initialise` gives them.
 
     torch's own values come from the global generator, and on the meta device it imports
-    150 MB of packages to draw them.
+    150 MB of packages to draw them. A decoding step's few rows go through the C++ operator
+    where that is there: MKL reads a matrix for them at a fifth of the speed of memory.
     """
+
+    native = True
+    """Whether the C++ operator may be used."""
 
     def __init__(self, fan_in: int, fan_out: int, bias: bool = False) -> None:
         super().__init__(fan_in, fan_out, bias=bias)
 
     def reset_parameters(self) -> None:
         """Draw nothing."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Apply to the last axis."""
+        few = 0 < x.numel() <= native.FEW_ROWS * x.shape[-1] and not torch.is_grad_enabled()
+        if not (few and self.native and _native_takes(x.device.type, x.dtype)):
+            return super().forward(x)
+        rows = torch.ops.trinity_native.few_rows(x.reshape(-1, x.shape[-1]), self.weight)
+        y = rows.view(*x.shape[:-1], -1)
+        return y if self.bias is None else y + self.bias
+
+
+@torch.compiler.assume_constant_result
+def _native_takes(device: str, dtype: torch.dtype) -> bool:
+    plain = not torch.is_autocast_enabled(device)
+    return device == "cpu" and dtype == torch.float32 and plain and not native.missing()
 
 
 class RMSNorm(nn.Module):
@@ -163,11 +183,18 @@ def in_blocks(q_BHSC: Tensor, k_BHSC: Tensor, v_BHSC: Tensor, mask_N1WP: Tensor)
         before = F.pad(own[:, :-1], (0, 0) * 3 + (1, 0))
         return torch.cat([before, own], 3).flatten(0, 1)
 
-    mixed = F.scaled_dot_product_attention(
-        blocks(q_BHSC).flatten(0, 1), with_previous(k_BHSC), with_previous(v_BHSC),
-        attn_mask=mask_N1WP, enable_gqa=True,
-    )  # fmt: skip
+    pairs = (with_previous(k_BHSC), with_previous(v_BHSC))
+    mixed = _attend(blocks(q_BHSC).flatten(0, 1), *pairs, mask_N1WP)
     return mixed.unflatten(0, (B, -1)).transpose(1, 2).flatten(2, 3)[:, :, :S]
+
+
+def _attend(q_BHSC: Tensor, k_BHSC: Tensor, v_BHSC: Tensor, mask: Tensor) -> Tensor:
+    if q_BHSC.is_cuda:  # of CUDA's kernels, those that take a mask take no shared heads
+        sharing = q_BHSC.shape[1] // k_BHSC.shape[1]
+        k_BHSC, v_BHSC = (x.repeat_interleave(sharing, 1) for x in (k_BHSC, v_BHSC))
+    return F.scaled_dot_product_attention(
+        q_BHSC, k_BHSC, v_BHSC, attn_mask=mask, enable_gqa=not q_BHSC.is_cuda
+    )
 
 
 class Memory:
@@ -264,9 +291,7 @@ class Attention(nn.Module):
             memory.fill(k_BHSC, v_BHSC)
         mask = context.everything_B1SS if self.is_global else context.window
         if mask.shape[-2] == S:
-            mixed_BHSC = F.scaled_dot_product_attention(
-                q_BHSC, k_BHSC, v_BHSC, attn_mask=mask, enable_gqa=True
-            )
+            mixed_BHSC = _attend(q_BHSC, k_BHSC, v_BHSC, mask)
         else:
             mixed_BHSC = in_blocks(q_BHSC, k_BHSC, v_BHSC, mask)
         mixed_BSD = mixed_BHSC.transpose(1, 2).reshape(B, S, -1)

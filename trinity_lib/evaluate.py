@@ -60,7 +60,8 @@ def _domain(model: Trinity, held_out: Domain) -> dict[str, Any]:
     for start in range(0, len(held_out.batch.tokens_BS), ROWS_AT_ONCE):
         parts = (a[start : start + ROWS_AT_ONCE] for a in held_out.batch)
         tokens_BS, targets_BS, documents_BS = (torch.from_numpy(a).to(device) for a in parts)
-        output = model(tokens_BS, documents_BS)
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            output = model(tokens_BS, documents_BS)
         loss = token_loss(output.logits, targets_BS)
         nats += float(loss.cross_entropy)
         tokens += int(loss.tokens)

@@ -29,8 +29,8 @@ from trinity_lib.routing import Routing
 Backend = Literal["auto", "torch", "native", "megablocks"]
 """`auto`: megablocks on CUDA, native for fp32 on the CPU, torch where those are missing."""
 
-FEW_ROWS = 64
-"""Decoding: up to this many chosen experts, their weights are gathered instead of sorted."""
+GATHERED, GATHERED_EAGERLY = 64, 8
+"""Decoding: up to so many chosen experts, compiled or not, their weights are gathered."""
 
 
 class SwiGLU(nn.Module):
@@ -66,16 +66,22 @@ class Experts(nn.Module):
         x = x_TD.to(dtype)
         weights = [w.to(dtype) for w in (self.gate_EFD, self.up_EFD, self.down_EFD)]
         backend = live(self.backend, kind, dtype)
-        if backend == "megablocks":
-            y = _megablocks.forward(x, routing.experts_TK, routing.weights_TK, *weights)
-        elif backend == "native":
-            arguments = (x, *weights, routing.experts_TK, routing.weights_TK)
-            y = torch.ops.trinity_native.experts(*arguments)[0]
-        elif not torch.is_grad_enabled() and routing.experts_TK.numel() <= FEW_ROWS:
-            y = _gathered(x, routing, *weights)
-        else:
-            y = dropless.forward(x, *weights, routing.experts_TK, routing.weights_TK)[0]
+        with torch.autocast(kind, enabled=False):
+            y = self._compute(backend, x.contiguous(), routing, weights)
         return y.to(x_TD.dtype)
+
+    def _compute(
+        self, backend: str, x: Tensor, routing: Routing, weights: list[Tensor]
+    ) -> Tensor:
+        experts_TK, weights_TK = routing.experts_TK, routing.weights_TK
+        if backend == "megablocks":
+            return _megablocks.forward(x, experts_TK, weights_TK, *weights)
+        if backend == "native":
+            return torch.ops.trinity_native.experts(x, *weights, experts_TK, weights_TK)[0]
+        few = GATHERED if torch.compiler.is_compiling() else GATHERED_EAGERLY
+        if not torch.is_grad_enabled() and experts_TK.numel() <= few:
+            return _gathered(x, routing, *weights)
+        return dropless.forward(x, *weights, experts_TK, weights_TK)[0]
 
 
 def use_backend(model: nn.Module, backend: Backend, dtype: torch.dtype | None = None) -> None:
@@ -91,6 +97,8 @@ def use_backend(model: nn.Module, backend: Backend, dtype: torch.dtype | None = 
             weight = module.gate_EFD
             live(backend, weight.device.type, dtype or weight.dtype)
             module.backend = backend
+        elif isinstance(module, Linear):
+            module.native = backend in ("auto", "native")
 
 
 @torch.compiler.assume_constant_result

@@ -1,6 +1,6 @@
 """Cached decoding: prefill once, then one token at a time, greedy or sampled."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -8,6 +8,9 @@ from torch import Tensor
 
 from trinity_lib.config import require
 from trinity_lib.model import Cache, Trinity
+
+ROOM = 256
+"""Compiled decoding rounds a cache's positions up to a multiple, to be compiled less often."""
 
 
 def generate(
@@ -49,19 +52,22 @@ def stream(
     stop: Sequence[int] = (),
     pad: int | None = None,
     generator: torch.Generator | None = None,
+    compiled: bool = False,
 ) -> Iterator[Tensor]:
     """New tokens of every row, int64 [B], one after another, until every row has stopped.
 
     Greedy at temperature 0. Otherwise logits are divided by it, then kept are the `top_k`
     largest (0: all), then the fewest whose probability reaches `top_p`, then those of at
     least `min_p` times the largest probability; tokens are drawn with `generator`.
-    Prompts of unlike length are padded on the left, and `mask_BS` is 0 there. BadValue for
+    Prompts of unlike length are padded on the left, and `mask_BS` is 0 there. `compiled`
+    compiles the whole step, in half a minute or more the first time a model meets a number
+    of rows and a length (in steps of 256), and pays where many tokens follow. BadValue for
     an option out of its range.
     """
     _check(tokens_BS, max_new_tokens, mask_BS, temperature, top_k, top_p, min_p)
     return _stream(
         model, tokens_BS, max_new_tokens, mask_BS,
-        (temperature, top_k, top_p, min_p), stop, pad, generator,
+        (temperature, top_k, top_p, min_p), stop, pad, generator, compiled,
     )  # fmt: skip
 
 
@@ -75,8 +81,13 @@ def _stream(
     stop: Sequence[int],
     pad: int | None,
     generator: torch.Generator | None,
+    compiled: bool,
 ) -> Iterator[Tensor]:
-    logits_BV, cache = prefill(model, tokens_BS, mask_BS, max_new_tokens)
+    room = max_new_tokens
+    if compiled:
+        room += -(tokens_BS.shape[1] + room) % ROOM
+    logits_BV, cache = prefill(model, tokens_BS, mask_BS, room)
+    step = compiled_decode() if compiled else decode
     stops = torch.tensor(list(stop), dtype=torch.int64, device=tokens_BS.device)
     ended_B = torch.zeros(len(tokens_BS), dtype=torch.bool, device=tokens_BS.device)
     for number in range(max_new_tokens):
@@ -86,7 +97,7 @@ def _stream(
         yield token_B
         if number == max_new_tokens - 1 or bool(ended_B.all()):
             return
-        logits_BV = decode(model, token_B, cache)
+        logits_BV = step(model, token_B, cache)
 
 
 def prefill(
@@ -105,6 +116,24 @@ def prefill(
 def decode(model: Trinity, token_B: Tensor, cache: Cache) -> Tensor:
     """Logits [B, V] after one more token, which joins the cache."""
     return model(token_B.unsqueeze(1), cache=cache, last=True).logits[:, -1]
+
+
+def compiled_decode() -> Callable[[Trinity, Tensor, Cache], Tensor]:
+    """`decode`, compiled; for one model and one cache from its first call to its last.
+
+    Their properties are checked by the first call alone: for a small model the checks take
+    a fifth of a step.
+    """
+    whole = torch.compile(decode, fullgraph=True, dynamic=False)
+    checked = False
+
+    def step(model: Trinity, token_B: Tensor, cache: Cache) -> Tensor:
+        nonlocal checked
+        with torch.compiler.set_stance("default", skip_guard_eval_unsafe=checked):
+            checked = True
+            return whole(model, token_B, cache)
+
+    return step
 
 
 def pick(

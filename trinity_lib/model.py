@@ -236,8 +236,11 @@ class Trinity(nn.Module):
         if cache is not None:
             cache.seen.add_(tokens_BS.shape[1])
         h_BSD = self.norm(h_BSD)
-        head_VD = self.embedding.weight if self.head is None else self.head.weight
-        logits_BSV = F.linear(h_BSD[:, -1:] if last else h_BSD, head_VD)
+        h_BSD = h_BSD[:, -1:] if last else h_BSD
+        if self.head is None:
+            logits_BSV = F.linear(h_BSD, self.embedding.weight)
+        else:
+            logits_BSV = self.head(h_BSD)
         return Output(logits_BSV, tuple(routings), tuple(states) if hidden else ())
 
     def cache(self, starts_B: Tensor, room: int) -> Cache:

@@ -1,4 +1,5 @@
-// Routed SwiGLU experts on the CPU, fp32: one expert, or one block of its rows, per thread.
+// Routed SwiGLU experts on the CPU, fp32: one expert, or one block of its rows, per thread;
+// and products of a few rows, for decoding.
 //
 // A grouped matrix product spreads each expert's small product over all threads and pays for
 // that once an expert; here threads take whole experts. Blocks and slices follow from the
@@ -7,10 +8,12 @@
 
 #include <algorithm>
 #include <atomic>
+#include <type_traits>
 #include <vector>
 
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
+#include <ATen/cpu/vec/functional.h>
 #include <ATen/cpu/vec/vec.h>
 #include <torch/library.h>
 
@@ -20,6 +23,7 @@ using at::Tensor;
 using Vec = at::vec::Vectorized<float>;
 
 constexpr int64_t kBlock = 256;  // rows of one task; a heavy expert is several
+constexpr int64_t kFew = 8;  // rows whose products read a matrix once, at memory speed
 constexpr int64_t kNarrowest = 32;  // columns of the thinnest slice of a weight gradient
 
 struct Task {
@@ -74,6 +78,49 @@ Tensor view(const float* data, int64_t rows, int64_t columns) {
   return view(data, rows, columns, columns);
 }
 
+float total(const Vec& lanes) {
+  return at::vec::vec_reduce_all<float>([](Vec& a, Vec& b) { return a + b; }, lanes);
+}
+
+// out[r, f] = <x[r], w[f]> for N rows r: [N, D] by [F, D].
+template <int N>
+void dots(const float* x, const float* w, float* out, int64_t F, int64_t D, int64_t stride) {
+  for (int64_t f = 0; f < F; ++f) {
+    Vec sum[N];
+    for (int r = 0; r < N; ++r) sum[r] = Vec(0.0f);
+    for (int64_t d = 0; d < D; d += Vec::size()) {
+      const int64_t left = std::min<int64_t>(Vec::size(), D - d);
+      const Vec weight = Vec::loadu(w + f * D + d, left);
+      for (int r = 0; r < N; ++r) sum[r] = at::vec::fmadd(weight, Vec::loadu(x + r * D + d, left), sum[r]);
+    }
+    for (int r = 0; r < N; ++r) out[r * stride + f] = total(sum[r]);
+  }
+}
+
+// out[r] = sum over f of h[r, f] * w[f] for N rows r: [N, F] by [F, D].
+template <int N>
+void sums(const float* h, const float* w, float* out, int64_t F, int64_t D) {
+  for (int64_t d = 0; d < D; d += Vec::size()) {
+    const int64_t left = std::min<int64_t>(Vec::size(), D - d);
+    Vec sum[N];
+    for (int r = 0; r < N; ++r) sum[r] = Vec(0.0f);
+    for (int64_t f = 0; f < F; ++f) {
+      const Vec weight = Vec::loadu(w + f * D + d, left);
+      for (int r = 0; r < N; ++r) sum[r] = at::vec::fmadd(weight, Vec(h[r * F + f]), sum[r]);
+    }
+    for (int r = 0; r < N; ++r) sum[r].store(out + r * D + d, left);
+  }
+}
+
+// Calls f with std::integral_constant<int, n>, n from 1 to kFew.
+template <int N = 1, typename F>
+void few(int64_t n, const F& f) {
+  if constexpr (N < kFew) {
+    if (n > N) return few<N + 1>(n, f);
+  }
+  f(std::integral_constant<int, N>());
+}
+
 void gather(const float* from, const int64_t* order, const Task& t, int64_t K, int64_t D, float* to) {
   for (int64_t r = t.begin; r < t.end; ++r) {
     std::copy_n(from + order[r] / K * D, D, to + (r - t.begin) * D);
@@ -93,7 +140,7 @@ void swiglu(const float* gate, const float* up, float* hidden, int64_t n) {
 // weight * silu(gate) * up. Returns the gradient of the row's weight.
 float swiglu_backward(
     const float* gate, const float* up, float* hidden, float weight, float* dgate, float* dup, int64_t n) {
-  Vec total(0.0f);
+  Vec gradient(0.0f);
   const Vec one(1.0f), w(weight);
   for (int64_t i = 0; i < n; i += Vec::size()) {
     const int64_t left = std::min<int64_t>(Vec::size(), n - i);
@@ -101,15 +148,12 @@ float swiglu_backward(
     const Vec d = Vec::loadu(hidden + i, left);
     const Vec s = one / (one + g.neg().exp());
     const Vec silu = g * s, h = silu * u, dw = d * w;
-    total = at::vec::fmadd(d, h, total);  // lanes past the end are loaded as zeros
+    gradient = at::vec::fmadd(d, h, gradient);  // lanes past the end are loaded as zeros
     (dw * u * s * (one + g * (one - s))).store(dgate + i, left);
     (dw * silu).store(dup + i, left);
     (h * w).store(hidden + i, left);
   }
-  float lanes[Vec::size()], sum = 0.0f;
-  total.store(lanes);
-  for (float lane : lanes) sum += lane;
-  return sum;
+  return total(gradient);
 }
 
 // to[t] = sum over k of row[inverse[t * K + k]] (times its weight), in the order of k.
@@ -172,6 +216,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> forward(
     const int64_t n = t.end - t.begin, w = t.expert * F * D;
     float* hidden = rows + n * D;
     gather(xs, o, t, K, D, rows);
+    if (n <= kFew) {
+      few(n, [&](auto count) {
+        constexpr int N = decltype(count)::value;
+        dots<N>(rows, wg + w, g + t.begin * F, F, D, F);
+        dots<N>(rows, wu + w, u + t.begin * F, F, D, F);
+        swiglu(g + t.begin * F, u + t.begin * F, hidden, n * F);
+        sums<N>(hidden, wd + w, ys + t.begin * D, F, D);
+      });
+      return;
+    }
     Tensor g_ = view(g + t.begin * F, n, F), u_ = view(u + t.begin * F, n, F), y_ = view(ys + t.begin * D, n, D);
     const Tensor x_nD = view(rows, n, D);
     at::mm_out(g_, x_nD, view(wg + w, F, D).t());
@@ -250,6 +304,23 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
   return {dx, dgate, dup, ddown, dweights};
 }
 
+// x [n, D] by w [F, D], n at most kFew, to [n, F]; without gradients.
+Tensor few_rows(const Tensor& x_, const Tensor& w_) {
+  const Tensor x = x_.contiguous(), w = w_.contiguous();
+  check(x, w, w, w);
+  const int64_t n = x.size(0), F = w.size(0), D = w.size(1);
+  TORCH_CHECK(0 < n && n <= kFew && x.size(1) == D, "few_rows takes 1 to ", kFew, " rows of width ", D);
+  Tensor out = at::empty({n, F}, x.options());
+  const float *xs = x.const_data_ptr<float>(), *ws = w.const_data_ptr<float>();
+  float* to = out.data_ptr<float>();
+  at::parallel_for(0, F, std::max<int64_t>(1, (1 << 15) / D), [&](int64_t begin, int64_t end) {
+    few(n, [&](auto count) {
+      dots<decltype(count)::value>(xs, ws + begin * D, to + begin, end - begin, D, F);
+    });
+  });
+  return out;
+}
+
 }  // namespace
 
 TORCH_LIBRARY(trinity_native, m) {
@@ -258,9 +329,11 @@ TORCH_LIBRARY(trinity_native, m) {
   m.def("experts_backward(Tensor dy, Tensor x, Tensor gate, Tensor up, Tensor down, Tensor weights, "
         "Tensor gate_RF, Tensor up_RF, Tensor order, Tensor inverse, Tensor ends) -> "
         "(Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def("few_rows(Tensor x, Tensor w) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(trinity_native, CPU, m) {
   m.impl("experts", forward);
   m.impl("experts_backward", backward);
+  m.impl("few_rows", few_rows);
 }

@@ -9,7 +9,10 @@ import tempfile
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
+FEW_ROWS = 8
+"""Rows that `few_rows` takes."""
 SOURCE = Path(__file__).with_name("native.cpp")
 FLAGS = {
     "AVX512": ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma"),
@@ -22,9 +25,10 @@ FLAGS = {
 def missing() -> str:
     """Load the operator, compiling it the first time: "", or one clause why it cannot be.
 
-    It registers `torch.ops.trinity_native.experts` and `.experts_backward`. The compiled
-    library is kept where torch keeps its extensions (TORCH_EXTENSIONS_DIR), named by the
-    hash of the source, torch and CPU. TRINITY_NATIVE=0 in the environment leaves it out.
+    It registers `experts`, `experts_backward` and `few_rows` in `torch.ops.trinity_native`:
+    routed experts, and a matrix times the few rows of a decoding step. The compiled library
+    is kept where torch keeps its extensions (TORCH_EXTENSIONS_DIR), named by the hash of
+    the source, torch and CPU. TRINITY_NATIVE=0 in the environment leaves it out.
     """
     if os.environ.get("TRINITY_NATIVE") == "0":
         return "TRINITY_NATIVE is 0"
@@ -44,7 +48,12 @@ def missing() -> str:
             _compile(library, flags)
     except (RuntimeError, OSError) as error:
         return f"the C++ operator cannot be compiled or loaded ({_cause(error)})"
+    torch.library.register_fake("trinity_native::few_rows")(_few_rows_shape)
     return ""
+
+
+def _few_rows_shape(x: Tensor, w: Tensor) -> Tensor:
+    return x.new_empty(len(x), len(w))
 
 
 def _compile(library: Path, flags: tuple[str, ...]) -> None:

@@ -24,7 +24,7 @@ import xarray as xr
 
 from trinity_lib import disk
 from trinity_lib.config import BadValue, Missing, Taken, first_line
-from trinity_lib.schema import SCHEMA, SCHEMA_VERSION
+from trinity_lib.schema import SCHEMA, SCHEMA_VERSION, TABLES, Variable
 
 ENGINE: Any = "h5netcdf"
 ROOT = Path(__file__).resolve().parent.parent
@@ -86,9 +86,10 @@ class Writer:
     """The only writer of one run.
 
     `coordinates` gives the labels of every dimension but step. Values arrive with `append`
-    and reach the disk with `flush`. To go on with a run that was begun before, `resume_at`
-    is the step of the checkpoint it goes on from (0: from the start): attributes stay,
-    shards past that step are dropped. Without a `claim` the run is claimed here.
+    (groups without a step: `table`) and reach the disk with `flush`. To go on with a run that
+    was begun before, `resume_at` is the step of the checkpoint it goes on from (0: from the
+    start): attributes stay, shards past that step are dropped. Without a `claim` the run is
+    claimed here.
     """
 
     def __init__(
@@ -105,7 +106,8 @@ class Writer:
         self.log.mkdir(exist_ok=True)
         self.coordinates = {name: np.asarray(v) for name, v in coordinates.items()}
         self._pending: dict[str, list[tuple[int, dict[str, Any]]]] = {g: [] for g in SCHEMA}
-        self._shards = 0
+        self._tables: dict[str, dict[str, Any]] = {}
+        self._shards, self._last = 0, resume_at or 0
         self.attributes = {"created_at": _now(), **attributes}
         if resume_at is not None:
             self._rewind(resume_at)
@@ -137,22 +139,27 @@ class Writer:
 
     def append(self, group: str, step: int, values: Mapping[str, Any]) -> None:
         """Add one step of a group; the names must be exactly the schema's."""
-        if set(values) != set(SCHEMA[group]):
-            wrong = sorted(set(values) ^ set(SCHEMA[group]))
-            raise ValueError(f"group {group!r} takes exactly its schema's names; see {wrong}.")
+        _require_names(group, values, SCHEMA[group])
         self._pending[group].append((step, dict(values)))
+
+    def table(self, group: str, values: Mapping[str, Any]) -> None:
+        """Set a group that has no step, whole; the last one set is the run's."""
+        _require_names(group, values, TABLES[group])
+        self._tables[group] = dict(values)
 
     def flush(self) -> None:
         """Write what is pending as one shard."""
-        if not any(self._pending.values()):
+        if not any(self._pending.values()) and not self._tables:
             return
-        last = max(rows[-1][0] for rows in self._pending.values() if rows)
+        ends = [rows[-1][0] for rows in self._pending.values() if rows]
+        last = self._last = max(ends, default=self._last)
         groups = {g: self._dataset(g, rows) for g, rows in self._pending.items() if rows}
+        groups |= {g: self._labelled(TABLES[g], values) for g, values in self._tables.items()}
         tree = xr.DataTree.from_dict(groups)
         self._shards += 1
         shard = self.log / f"{last:08d}-{self._shards:06d}.nc"
         _save(tree, shard)
-        self._pending = {g: [] for g in SCHEMA}
+        self._pending, self._tables = {g: [] for g in SCHEMA}, {}
 
     def close(self, status: str, reason: str = "") -> Path:
         """Record how the run ended; a complete run becomes one file, which is returned."""
@@ -177,16 +184,26 @@ class Writer:
         return self.file
 
     def _dataset(self, group: str, rows: Sequence[tuple[int, dict[str, Any]]]) -> xr.Dataset:
-        data: dict[str, Any] = {}
-        for name, variable in SCHEMA[group].items():
-            stacked = np.stack([np.asarray(values[name]) for _, values in rows])
-            meta = {"units": variable.units, "long_name": variable.long_name}
-            data[name] = (variable.dims, stacked.astype(variable.dtype), meta)
-        used = {d for variable in SCHEMA[group].values() for d in variable.dims} - {"step"}
-        coordinates: dict[str, Any] = {name: self.coordinates[name] for name in sorted(used)}
+        variables = SCHEMA[group]
+        stacked = {n: np.stack([np.asarray(v[n]) for _, v in rows]) for n in variables}
         steps = np.asarray([step for step, _ in rows], dtype="i8")
         about = {"units": "1", "long_name": "optimiser steps done"}
-        return xr.Dataset(data, {"step": ("step", steps, about), **coordinates})
+        return self._labelled(variables, stacked, {"step": ("step", steps, about)})
+
+    def _labelled(
+        self,
+        variables: Mapping[str, Variable],
+        values: Mapping[str, Any],
+        coordinates: Mapping[str, Any] | None = None,
+    ) -> xr.Dataset:
+        data = {}
+        for name, variable in variables.items():
+            meta = {"units": variable.units, "long_name": variable.long_name}
+            array = np.asarray(values[name]).astype(variable.dtype)
+            data[name] = (variable.dims, array, meta)
+        used = {d for variable in variables.values() for d in variable.dims} - {"step"}
+        labels: dict[str, Any] = {name: self.coordinates[name] for name in sorted(used)}
+        return xr.Dataset(data, {**(coordinates or {}), **labels})
 
 
 def open_run(path: str | os.PathLike) -> xr.DataTree:
@@ -235,8 +252,8 @@ def open_runs(pattern: str, group: str = "train", *, rehearsed: bool = False) ->
             "status": attributes["status"],
             "seed": attributes["seed"],
             "scale": attributes["scale"],
-            "balance": config["balance"]["method"],
-            "optimizer": config["optim"]["optimizer"],
+            "balance": config.get("balance", {}).get("method", ""),
+            "optimizer": config.get("optim", {}).get("optimizer", ""),
         }
         datasets.append(tree[group].to_dataset())
         labels.append(label)
@@ -293,6 +310,12 @@ def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
+def _require_names(group: str, values: Mapping[str, Any], known: Mapping[str, Any]) -> None:
+    if set(values) != set(known):
+        wrong = sorted(set(values) ^ set(known))
+        raise ValueError(f"group {group!r} takes exactly its schema's names; see {wrong}.")
+
+
 def _plain(value: Any) -> Any:
     """A value that netCDF takes as an attribute: no bool, None, mapping or nested list."""
     if isinstance(value, bool):
@@ -316,7 +339,9 @@ def _merge(folder: Path) -> xr.DataTree:
         for name, node in tree.children.items():
             parts.setdefault(name, []).append(node.to_dataset())
     groups = {
-        name: xr.concat(
+        name: datasets[-1]
+        if name in TABLES
+        else xr.concat(
             datasets, "step", join="exact", coords="minimal", compat="override", data_vars="all"
         )
         for name, datasets in parts.items()

@@ -71,21 +71,14 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         check(self)
-        plain = not set(self.name) & set("/\\") and not self.name.startswith(".")
-        plain = plain and self.name.isprintable()
-        require(plain, "name", self.name, "a file name without slashes or a leading dot")
-        require(not self.name.endswith(".nc"), "name", self.name, "a name without .nc")
-        require(len(self.name.encode()) <= 200, "name", self.name, "at most 200 bytes")
-        require(self.seed >= 0, "seed", self.seed, "zero or more")
-        require(self.seed < 2**63, "seed", self.seed, "below 2**63")
-        require(self.threads <= 1024, "threads", self.threads, "at most 1024")
+        require_common(self.name, self.seed, self.threads)
         experts = len(self.model.moe_layers)
         right = f"below num_layers ({self.model.num_layers}): a run trains a router"
         require(experts > 0, "num_dense_layers", self.model.num_dense_layers, right)
         fits = not self.record_choices or self.model.router.num_experts < 2**15
         require(fits, "record_choices", True, "false above 32,767 experts: stored as int16")
         require(len(self.phases) > 0, "phases", self.phases, "at least one phase")
-        counts = ("micro_batches", "evaluate_every", "record_every", "log_every", "threads")
+        counts = ("micro_batches", "evaluate_every", "record_every", "log_every")
         for name in (*counts, "checkpoint_every", "keep"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         require(self.z_loss >= 0, "z_loss", self.z_loss, "zero or more")
@@ -100,6 +93,18 @@ class RunConfig:
     def steps(self) -> list[int]:
         """Optimiser steps of each phase."""
         return [optim.phase_steps(p, self.data.sequence_length) for p in self.phases]
+
+
+def require_common(name: str, seed: int, threads: int) -> None:
+    """BadValue where a name cannot be a run file's, or a seed or threads are out of range."""
+    plain = not set(name) & set("/\\") and not name.startswith(".") and name.isprintable()
+    require(plain, "name", name, "a file name without slashes or a leading dot")
+    require(not name.endswith(".nc"), "name", name, "a name without .nc")
+    require(len(name.encode()) <= 200, "name", name, "at most 200 bytes")
+    require(seed >= 0, "seed", seed, "zero or more")
+    require(seed < 2**63, "seed", seed, "below 2**63")
+    require(threads >= 1, "threads", threads, "at least 1")
+    require(threads <= 1024, "threads", threads, "at most 1024")
 
 
 class Step(NamedTuple):

@@ -9,7 +9,7 @@ class Variable(NamedTuple):
     """How one variable is stored."""
 
     dims: tuple[str, ...]
-    """Dimensions, `step` first."""
+    """Dimensions, `step` first where the group has one."""
     dtype: str
     """numpy dtype."""
     units: str
@@ -71,7 +71,34 @@ SCHEMA: dict[str, dict[str, Variable]] = {
         ),
     },
 }
-"""Every group and variable of a run file; each group has its own `step`.
+"""Groups and variables along steps; each group has its own `step`.
 
 /choices is written where a run was asked to record its choices.
 """
+
+_MADE = ("tokens", "routing")
+_TIMED = ("backend", *_MADE, "direction", "repetition")
+
+TABLES: dict[str, dict[str, Variable]] = {
+    "agreement": {
+        "error": Variable(
+            ("backend", *_MADE, "quantity"),
+            "f8",
+            "1",
+            "norm of the difference from float64 over float64's norm; NaN: not measured",
+        ),
+        "max_vio": Variable(
+            _MADE, "f8", "1", "MaxVio of the routing: highest load over mean load, less 1"
+        ),
+    },
+    "speed": {
+        "seconds": Variable(_TIMED, "f8", "s", "wall time of one pass; NaN: not timed"),
+        "flops": Variable(
+            ("tokens", "direction"), "f8", "FLOP", "operations of the chosen experts, one pass"
+        ),
+        "dense_rate": Variable(
+            (*_MADE, "repetition"), "f8", "FLOP/s", "rate of one dense matrix product beside it"
+        ),
+    },
+}
+"""Groups without a step, of runs that measure kernels: each is written whole."""

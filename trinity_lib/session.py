@@ -239,15 +239,19 @@ def _require_memory(config: RunConfig) -> None:
     """Weights, gradients and momentum must fit, whatever the rest takes."""
     width = 8 if config.dtype == "float64" else 4
     needed = 3 * width * count_parameters(config.model).total
-    if config.device == "cuda":
-        there, what = torch.cuda.get_device_properties(0).total_memory, "GPU memory"
-    else:
-        there, what = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), "memory"
+    there, what = memory(config.device)
     if needed > there:
         raise BadValue(
             f"scale {config.scale!r} needs {needed / 1e9:,.0f} GB for weights, gradients and "
             f"momentum; this machine has {there / 1e9:,.0f} GB of {what}: take a smaller scale."
         )
+
+
+def memory(device: str) -> tuple[int, str]:
+    """Bytes of the GPU's memory or of the machine's, and what to call it."""
+    if device == "cuda":
+        return torch.cuda.get_device_properties(0).total_memory, "GPU memory"
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), "memory"
 
 
 def _require_space(

@@ -30,6 +30,8 @@ from trinity_lib.session import (
     state_of,
 )
 
+# cuBLAS reads it once, at its first product, before it promises the same bits.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 RUNS, CACHE = ROOT / "runs", ROOT / ".cache"
 FLUSH_SECONDS, FLUSH_SHARE = 15.0, 0.01
 """Time between shards, and its least share of the run so far: a long run has few."""
@@ -65,7 +67,7 @@ def train(
     """
     if resumes:
         config = resume.find(config, runs)
-    with _reproducible(config):
+    with reproducible(config.threads, config.device):
         session = start(config, runs, cache, resumes=resumes)
         try:
             if session.step == 0:
@@ -272,21 +274,19 @@ def _evaluate(session: Session) -> None:
 
 
 @contextlib.contextmanager
-def _reproducible(config: RunConfig) -> Iterator[None]:
-    """Deterministic algorithms and the configured threads, put back afterwards."""
-    threads = torch.get_num_threads()
+def reproducible(threads: int, device: str) -> Iterator[None]:
+    """Deterministic algorithms and a number of CPU threads, put back afterwards."""
+    before = torch.get_num_threads()
     deterministic = torch.are_deterministic_algorithms_enabled()
     memory: Any = torch.utils.deterministic
     filled = memory.fill_uninitialized_memory
-    torch.set_num_threads(config.threads)
-    if config.device == "cuda":  # cuBLAS asks for this before it promises the same bits
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.set_num_threads(threads)
     torch.use_deterministic_algorithms(True)
     memory.fill_uninitialized_memory = False  # nothing reads it; 4% of a profile
     try:
         yield
     finally:
-        torch.set_num_threads(threads)
+        torch.set_num_threads(before)
         torch.use_deterministic_algorithms(deterministic)
         memory.fill_uninitialized_memory = filled
 
