@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parent.parent / "trinity_lib"
 MODULES = sorted(p.stem for p in PACKAGE.glob("*.py") if p.stem != "__init__")
 LAYERS = (
     ("config", "progress", "world", "schema", "plugin", "allocator", "native"),
-    ("disk", "corpus"),
+    ("disk", "corpus", "linear"),
     ("record", "sources"),
     ("tokenizer", "balance", "metrics"),
     ("data", "plots", "plots_kernels", "routing", "attention"),

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from trinity_lib import native
 from trinity_lib.config import check, require
+from trinity_lib.linear import Linear, project
 
 SMALLEST_BLOCK = 32
 """Queries of one block of sliding attention, where the window is not wider."""
@@ -57,39 +57,6 @@ class Context(NamedTuple):
     """When decoding: the new token's position, counted from its row's start, 0-d int64."""
 
 
-class Linear(nn.Linear):
-    """torch's, without a bias unless asked and without values: `initialise` gives them.
-
-    torch's own values come from the global generator, and on the meta device it imports
-    150 MB of packages to draw them. A decoding step's few rows go through the C++ operator
-    where that is there: MKL reads a matrix for them at a fifth of the speed of memory.
-    """
-
-    native = True
-    """Whether the C++ operator may be used."""
-
-    def __init__(self, fan_in: int, fan_out: int, bias: bool = False) -> None:
-        super().__init__(fan_in, fan_out, bias=bias)
-
-    def reset_parameters(self) -> None:
-        """Draw nothing."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Apply to the last axis."""
-        few = 0 < x.numel() <= native.FEW_ROWS * x.shape[-1] and not torch.is_grad_enabled()
-        if not (few and self.native and _native_takes(x.device.type, x.dtype)):
-            return super().forward(x)
-        rows = torch.ops.trinity_native.few_rows(x.reshape(-1, x.shape[-1]), self.weight)
-        y = rows.view(*x.shape[:-1], -1)
-        return y if self.bias is None else y + self.bias
-
-
-@torch.compiler.assume_constant_result
-def _native_takes(device: str, dtype: torch.dtype) -> bool:
-    plain = not torch.is_autocast_enabled(device)
-    return device == "cpu" and dtype == torch.float32 and plain and not native.missing()
-
-
 class RMSNorm(nn.Module):
     """Root-mean-square norm with a learned gain, computed in fp32 or better."""
 
@@ -102,8 +69,8 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Normalise the last axis."""
         precise = torch.promote_types(x.dtype, torch.float32)
-        normed = F.rms_norm(x.to(precise), x.shape[-1:], eps=self.eps)
-        return (normed * self.weight_D.to(precise)).to(x.dtype)
+        gain_D = self.weight_D.to(precise)
+        return F.rms_norm(x.to(precise), x.shape[-1:], gain_D, self.eps).to(x.dtype)
 
 
 def context(documents_BS: Tensor, config: AttentionConfig, dtype: torch.dtype) -> Context:
@@ -279,9 +246,10 @@ class Attention(nn.Module):
         """Attend over `x_BSD`, already normed, and what `memory` holds; returns [B, S, D]."""
         B, S, _ = x_BSD.shape
         split = (B, S, -1, self.config.head_dim)
-        q_BHSC = self.query_norm(self.query(x_BSD).view(split)).transpose(1, 2)
-        k_BHSC = self.key_norm(self.key(x_BSD).view(split)).transpose(1, 2)
-        v_BHSC = self.value(x_BSD).view(split).transpose(1, 2)
+        query, key, value, gate = project(x_BSD, self.query, self.key, self.value, self.gate)
+        q_BHSC = self.query_norm(query.view(split)).transpose(1, 2)
+        k_BHSC = self.key_norm(key.view(split)).transpose(1, 2)
+        v_BHSC = value.view(split).transpose(1, 2)
         if not self.is_global:
             q_BHSC = rotate(q_BHSC, context.cos_BSC, context.sin_BSC)
             k_BHSC = rotate(k_BHSC, context.cos_BSC, context.sin_BSC)
@@ -295,4 +263,4 @@ class Attention(nn.Module):
         else:
             mixed_BHSC = in_blocks(q_BHSC, k_BHSC, v_BHSC, mask)
         mixed_BSD = mixed_BHSC.transpose(1, 2).reshape(B, S, -1)
-        return self.out(mixed_BSD * self.gate(x_BSD).sigmoid())
+        return self.out(mixed_BSD * gate.sigmoid())

@@ -44,8 +44,7 @@ def _grouped_gemm_takes(rows: Tensor, *widths: int) -> bool:
     return aligned and known and rows.shape[0] > 0
 
 
-@torch.library.custom_op("trinity::experts", mutates_args=())
-def forward(
+def compute(
     x: Tensor, gate: Tensor, up: Tensor, down: Tensor, experts: Tensor, weights: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Outputs [T, D], and what backward needs.
@@ -78,6 +77,9 @@ def forward(
         y_RD = grouped_matmul(F.silu(gate_RF) * up_RF, down, ends_E)
         y_TD = weigh(y_RD[inverse_R].view(T, K, x.shape[1]), weights)
     return y_TD, gate_RF, up_RF, order_R, inverse_R, ends_E
+
+
+forward = torch.library.custom_op("trinity::experts", compute, mutates_args=())
 
 
 def _one_pass(x: Tensor) -> bool:

@@ -14,6 +14,7 @@ projection, weigh in fp32, sum over the chosen experts.
 import functools
 import json
 import sys
+from collections.abc import Callable
 from typing import Literal, get_args
 
 import torch
@@ -21,10 +22,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trinity_lib import _megablocks, dropless, native
-from trinity_lib.attention import Linear
 from trinity_lib.config import Missing, require
 from trinity_lib.dropless import weigh
-from trinity_lib.routing import Routing
+from trinity_lib.linear import Linear, project
+from trinity_lib.routing import Router, Routing
 
 Backend = Literal["auto", "torch", "native", "megablocks"]
 """`auto`: megablocks on CUDA, native for fp32 on the CPU, torch where those are missing."""
@@ -44,7 +45,8 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Apply to the last axis."""
-        return self.down(F.silu(self.gate(x)) * self.up(x))
+        gate, up = project(x, self.gate, self.up)
+        return self.down(F.silu(gate) * up)
 
 
 class Experts(nn.Module):
@@ -78,10 +80,14 @@ class Experts(nn.Module):
             return _megablocks.forward(x, experts_TK, weights_TK, *weights)
         if backend == "native":
             return torch.ops.trinity_native.experts(x, *weights, experts_TK, weights_TK)[0]
-        few = GATHERED if torch.compiler.is_compiling() else GATHERED_EAGERLY
-        if not torch.is_grad_enabled() and experts_TK.numel() <= few:
+        compiling, learning = torch.compiler.is_compiling(), torch.is_grad_enabled()
+        few = experts_TK.numel() <= (GATHERED if compiling else GATHERED_EAGERLY)
+        if few and not learning:
             return _gathered(x, routing, *weights)
-        return dropless.forward(x, *weights, experts_TK, weights_TK)[0]
+        operator: Callable[..., tuple[Tensor, ...]] = dropless.forward
+        if not compiling and not learning:
+            operator = dropless.compute  # the same, without the cost of being an operator
+        return operator(x, *weights, experts_TK, weights_TK)[0]
 
 
 def use_backend(model: nn.Module, backend: Backend, dtype: torch.dtype | None = None) -> None:
@@ -97,7 +103,7 @@ def use_backend(model: nn.Module, backend: Backend, dtype: torch.dtype | None = 
             weight = module.gate_EFD
             live(backend, weight.device.type, dtype or weight.dtype)
             module.backend = backend
-        elif isinstance(module, Linear):
+        elif isinstance(module, Linear | Router):
             module.native = backend in ("auto", "native")
 
 

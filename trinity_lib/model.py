@@ -14,7 +14,6 @@ from trinity_lib.attention import (
     Attention,
     AttentionConfig,
     Context,
-    Linear,
     Memory,
     RMSNorm,
     context,
@@ -22,6 +21,7 @@ from trinity_lib.attention import (
 )
 from trinity_lib.config import check, require
 from trinity_lib.experts import Experts, SwiGLU
+from trinity_lib.linear import Linear
 from trinity_lib.routing import Router, RouterConfig, Routing, Select
 
 

@@ -304,21 +304,34 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
   return {dx, dgate, dup, ddown, dweights};
 }
 
-// x [n, D] by w [F, D], n at most kFew, to [n, F]; without gradients.
-Tensor few_rows(const Tensor& x_, const Tensor& w_) {
-  const Tensor x = x_.contiguous(), w = w_.contiguous();
-  check(x, w, w, w);
-  const int64_t n = x.size(0), F = w.size(0), D = w.size(1);
-  TORCH_CHECK(0 < n && n <= kFew && x.size(1) == D, "few_rows takes 1 to ", kFew, " rows of width ", D);
-  Tensor out = at::empty({n, F}, x.options());
-  const float *xs = x.const_data_ptr<float>(), *ws = w.const_data_ptr<float>();
-  float* to = out.data_ptr<float>();
-  at::parallel_for(0, F, std::max<int64_t>(1, (1 << 15) / D), [&](int64_t begin, int64_t end) {
-    few(n, [&](auto count) {
-      dots<decltype(count)::value>(xs, ws + begin * D, to + begin, end - begin, D, F);
-    });
+// x [n, D] by each w [F, D], n at most kFew: [n, F] each; without gradients. One call for all
+// that share an x, since a call costs what a small matrix does.
+std::vector<Tensor> few_rows(const Tensor& x_, at::TensorList matrices) {
+  const Tensor x = x_.contiguous();
+  const int64_t n = x.size(0), D = x.size(1);
+  TORCH_CHECK(0 < n && n <= kFew, "few_rows takes 1 to ", kFew, " rows, not ", n);
+  std::vector<Tensor> held, outs;
+  std::vector<int64_t> ends{0};
+  for (const Tensor& w : matrices) {
+    check(x, w, w, w);
+    TORCH_CHECK(w.size(1) == D, "a matrix takes rows of width ", w.size(1), ", not ", D);
+    held.push_back(w.contiguous());
+    outs.push_back(at::empty({n, w.size(0)}, x.options()));
+    ends.push_back(ends.back() + w.size(0));
+  }
+  const float* xs = x.const_data_ptr<float>();
+  at::parallel_for(0, ends.back(), std::max<int64_t>(1, (1 << 15) / D), [&](int64_t begin, int64_t end) {
+    for (size_t i = 0; i < held.size(); ++i) {
+      const int64_t from = std::max(begin, ends[i]) - ends[i], to = std::min(end, ends[i + 1]) - ends[i];
+      if (from >= to) continue;
+      const float* w = held[i].const_data_ptr<float>() + from * D;
+      float* out = outs[i].data_ptr<float>() + from;
+      few(n, [&](auto count) {
+        dots<decltype(count)::value>(xs, w, out, to - from, D, ends[i + 1] - ends[i]);
+      });
+    }
   });
-  return out;
+  return outs;
 }
 
 }  // namespace
@@ -329,7 +342,7 @@ TORCH_LIBRARY(trinity_native, m) {
   m.def("experts_backward(Tensor dy, Tensor x, Tensor gate, Tensor up, Tensor down, Tensor weights, "
         "Tensor gate_RF, Tensor up_RF, Tensor order, Tensor inverse, Tensor ends) -> "
         "(Tensor, Tensor, Tensor, Tensor, Tensor)");
-  m.def("few_rows(Tensor x, Tensor w) -> Tensor");
+  m.def("few_rows(Tensor x, Tensor[] matrices) -> Tensor[]");
 }
 
 TORCH_LIBRARY_IMPL(trinity_native, CPU, m) {

@@ -52,8 +52,8 @@ def missing() -> str:
     return ""
 
 
-def _few_rows_shape(x: Tensor, w: Tensor) -> Tensor:
-    return x.new_empty(len(x), len(w))
+def _few_rows_shape(x: Tensor, matrices: list[Tensor]) -> list[Tensor]:
+    return [x.new_empty(len(x), len(w)) for w in matrices]
 
 
 def _compile(library: Path, flags: tuple[str, ...]) -> None:

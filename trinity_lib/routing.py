@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from trinity_lib.config import check, require
+from trinity_lib.linear import products
 
 Select = Callable[[Tensor, int], Tensor]
 """(scores_TE, MoE layer) -> ranking_TE: a balancer's `select`."""
@@ -59,6 +60,8 @@ class Router(nn.Module):
     """
 
     bias_E: Tensor
+    native = True
+    """Whether the C++ operator may be used."""
 
     def __init__(self, config: RouterConfig, width: int, layer: int) -> None:
         super().__init__()
@@ -73,7 +76,8 @@ class Router(nn.Module):
         """Route tokens by `select`, by the stored bias, or to given experts (a replay)."""
         precise = torch.promote_types(x_TD.dtype, torch.float32)
         with torch.autocast(x_TD.device.type, enabled=False):
-            logits_TE = x_TD.to(precise) @ self.weight_ED.to(precise).T
+            weight_ED = self.weight_ED.to(precise)
+            (logits_TE,) = products(x_TD.to(precise), weight_ED, few=self.native)
             sigmoid = self.config.score == "sigmoid"
             scores_TE = logits_TE.sigmoid() if sigmoid else logits_TE.softmax(-1)
         if experts_TK is None:
