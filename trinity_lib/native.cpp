@@ -8,8 +8,12 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cstdint>
 #include <type_traits>
 #include <vector>
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
 
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
@@ -70,12 +74,63 @@ std::vector<Task> weight_slices(const int64_t* ends, int64_t experts, int64_t hi
   return tasks;
 }
 
-Tensor view(const float* data, int64_t rows, int64_t columns, int64_t stride) {
-  return at::from_blob(const_cast<float*>(data), {rows, columns}, {stride, 1}, at::kFloat);
+// The BLAS that torch was built with, where it shows its Fortran name: at::mm_out costs a few
+// microseconds a call, a tenth of the time of a small expert.
+extern "C" void sgemm_(
+    const char*, const char*, const int*, const int*, const int*, const float*, const float*, const int*,
+    const float*, const int*, const float*, float*, const int*) __attribute__((weak));
+
+// A matrix in memory, and whether it is meant transposed; `stride` floats from row to row.
+struct Matrix {
+  const float* data;
+  int64_t stride;
+  bool transposed = false;
+
+  Tensor view(int64_t rows, int64_t columns) const {
+    const auto options = at::TensorOptions().dtype(at::kFloat);
+    float* start = const_cast<float*>(data);
+    if (!transposed) return at::from_blob(start, {rows, columns}, {stride, 1}, options);
+    return at::from_blob(start, {rows, columns}, {1, stride}, options);
+  }
+};
+
+// c [m, n] = a [m, k] times b [k, n], added to what is there if asked.
+void product(float* c, const Matrix& a, const Matrix& b, int64_t m, int64_t n, int64_t k, bool add = false) {
+  if (sgemm_) {  // columns first: c' = b' a'
+    const int m_ = m, n_ = n, k_ = k, lda = a.stride, ldb = b.stride;
+    const float one = 1.0f, beta = add ? 1.0f : 0.0f;
+    const char *ta = a.transposed ? "T" : "N", *tb = b.transposed ? "T" : "N";
+    sgemm_(tb, ta, &n_, &m_, &k_, &one, b.data, &ldb, a.data, &lda, &beta, c, &n_);
+    return;
+  }
+  Tensor c_ = Matrix{c, n}.view(m, n);
+  if (add) {
+    c_.addmm_(a.view(m, k), b.view(k, n));
+  } else {
+    at::mm_out(c_, a.view(m, k), b.view(k, n));
+  }
 }
 
-Tensor view(const float* data, int64_t rows, int64_t columns) {
-  return view(data, rows, columns, columns);
+// Asks for a matrix before a product does, which reads it less eagerly.
+void prefetch(const float* data, int64_t size) {
+  for (int64_t i = 0; i < size; i += 16) __builtin_prefetch(data + i, 0, 2);
+}
+
+// Copies past the caches: a plain write would first read what it replaces from memory.
+void stream(const float* from, float* to, int64_t size) {
+  int64_t i = 0;
+#if defined(__AVX512F__)
+  if (reinterpret_cast<uintptr_t>(to) % 64 == 0) {
+    for (; i + 16 <= size; i += 16) _mm512_stream_ps(to + i, _mm512_loadu_ps(from + i));
+    _mm_sfence();  // such writes wait for no barrier
+  }
+#elif defined(__AVX2__)
+  if (reinterpret_cast<uintptr_t>(to) % 32 == 0) {
+    for (; i + 8 <= size; i += 8) _mm256_stream_ps(to + i, _mm256_loadu_ps(from + i));
+    _mm_sfence();
+  }
+#endif
+  std::copy(from + i, from + size, to + i);
 }
 
 float total(const Vec& lanes) {
@@ -212,7 +267,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> forward(
   const float *xs = x.const_data_ptr<float>(), *wg = gate.const_data_ptr<float>();
   const float *wu = up.const_data_ptr<float>(), *wd = down.const_data_ptr<float>();
   float *g = gate_RF.data_ptr<float>(), *u = up_RF.data_ptr<float>(), *ys = y_RD.data_ptr<float>();
-  run(row_blocks(end, E), kBlock * (D + F), [&](const Task& t, float* rows) {
+  run(row_blocks(end, E), kBlock * (D + 3 * F), [&](const Task& t, float* rows) {
     const int64_t n = t.end - t.begin, w = t.expert * F * D;
     float* hidden = rows + n * D;
     gather(xs, o, t, K, D, rows);
@@ -226,12 +281,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> forward(
       });
       return;
     }
-    Tensor g_ = view(g + t.begin * F, n, F), u_ = view(u + t.begin * F, n, F), y_ = view(ys + t.begin * D, n, D);
-    const Tensor x_nD = view(rows, n, D);
-    at::mm_out(g_, x_nD, view(wg + w, F, D).t());
-    at::mm_out(u_, x_nD, view(wu + w, F, D).t());
-    swiglu(g + t.begin * F, u + t.begin * F, hidden, n * F);
-    at::mm_out(y_, view(hidden, n, F), view(wd + w, F, D));
+    float *g_ = hidden + n * F, *u_ = g_ + n * F;
+    prefetch(wg + w, F * D);
+    product(g_, {rows, D}, {wg + w, D, true}, n, F, D);
+    prefetch(wu + w, F * D);
+    product(u_, {rows, D}, {wu + w, D, true}, n, F, D);
+    swiglu(g_, u_, hidden, n * F);
+    stream(g_, g + t.begin * F, n * F);
+    stream(u_, u + t.begin * F, n * F);
+    prefetch(wd + w, F * D);
+    product(ys + t.begin * D, {hidden, F}, {wd + w, D}, n, D, F);
   });
   combine(ys, inv, weights.const_data_ptr<float>(), y.data_ptr<float>(), T, K, D);
   return {y, gate_RF, up_RF, order, inverse, ends};
@@ -266,37 +325,42 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
   struct Rows {
     float *x, *dy, *gate, *up, *hidden;
   };
-  const auto weight_gradients = [&](const Task& t, int64_t n, const Rows& rows) {
+  const auto weight_gradients = [&](const Task& t, int64_t n, const Rows& rows, float* space) {
     const int64_t width = t.end - t.begin, w = (t.expert * F + t.begin) * D, f = t.begin;
-    const Tensor x_nD = view(rows.x, n, D), dy_nD = view(rows.dy, n, D);
-    Tensor dg_ = view(dg + w, width, D), du_ = view(du + w, width, D), dd_ = view(dd + w, width, D);
-    at::mm_out(dg_, view(rows.gate + f, n, width, F).t(), x_nD);
-    at::mm_out(du_, view(rows.up + f, n, width, F).t(), x_nD);
-    at::mm_out(dd_, view(rows.hidden + f, n, width, F).t(), dy_nD);
+    const Matrix left[] = {{rows.gate + f, F, true}, {rows.up + f, F, true}, {rows.hidden + f, F, true}};
+    const Matrix right[] = {{rows.x, D}, {rows.x, D}, {rows.dy, D}};
+    float* const to[] = {dg + w, du + w, dd + w};
+    for (int i = 0; i < 3; ++i) {
+      product(space, left[i], right[i], width, D, n);
+      stream(space, to[i], width * D);
+    }
   };
   const auto kept = [&](int64_t r) { return Rows{xr + r * D, dyr + r * D, g + r * F, u + r * F, h + r * F}; };
-  run(row_blocks(end, E), kBlock * (2 * D + 3 * F), [&](const Task& t, float* own) {
+  run(row_blocks(end, E), kBlock * (2 * D + 3 * F) + F * D, [&](const Task& t, float* space) {
     const int64_t n = t.end - t.begin, w = t.expert * F * D;
     const int64_t first = t.expert ? end[t.expert - 1] : 0;
     const bool whole = t.begin == first && t.end == end[t.expert];
-    float* wide = own + 2 * n * D;
+    float *own = space + F * D, *wide = own + 2 * n * D;
     const Rows rows = whole ? Rows{own, own + n * D, wide, wide + n * F, wide + 2 * n * F} : kept(t.begin);
     gather(xs, o, t, K, D, rows.x);
     gather(dys, o, t, K, D, rows.dy);
-    Tensor h_ = view(rows.hidden, n, F), dx_ = view(dxr + t.begin * D, n, D);
-    at::mm_out(h_, view(rows.dy, n, D), view(wd + w, F, D).t());
+    prefetch(wd + w, F * D);
+    product(rows.hidden, {rows.dy, D}, {wd + w, D, true}, n, F, D);
     for (int64_t i = 0; i < n; ++i) {
       const int64_t r = o[t.begin + i], f = (t.begin + i) * F;
       dws[r] = swiglu_backward(
           gs + f, us + f, rows.hidden + i * F, ws[r], rows.gate + i * F, rows.up + i * F, F);
     }
-    at::mm_out(dx_, view(rows.gate, n, F), view(wg + w, F, D));
-    dx_.addmm_(view(rows.up, n, F), view(wu + w, F, D));
-    if (whole) weight_gradients({t.expert, 0, F}, n, rows);
+    float* dx_ = dxr + t.begin * D;
+    prefetch(wg + w, F * D);
+    product(dx_, {rows.gate, F}, {wg + w, D}, n, D, F);
+    prefetch(wu + w, F * D);
+    product(dx_, {rows.up, F}, {wu + w, D}, n, D, F, true);
+    if (whole) weight_gradients({t.expert, 0, F}, n, rows, space);
   });
-  run(weight_slices(end, E, F), 0, [&](const Task& t, float*) {
+  run(weight_slices(end, E, F), F * D, [&](const Task& t, float* space) {
     const int64_t first = t.expert ? end[t.expert - 1] : 0, n = end[t.expert] - first;
-    if (n) return weight_gradients(t, n, kept(first));
+    if (n) return weight_gradients(t, n, kept(first), space);
     const int64_t w = (t.expert * F + t.begin) * D, size = (t.end - t.begin) * D;
     for (float* d : {dg, du, dd}) std::fill_n(d + w, size, 0.0f);
   });
