@@ -154,3 +154,23 @@ def test_bad_options_are_one_sentence(options: dict, sentence: str) -> None:
     arguments = {"tokens_BS": prompt(), "max_new_tokens": 3, **options}
     with pytest.raises(BadValue, match=sentence):
         generate(model(), **arguments)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # torch's own, compiling
+def test_compiled_decoding_draws_the_same_tokens_from_every_model() -> None:
+    """Two models and two batches in turn: a step must never be the one of another."""
+    built = [model(), model(window=3, seed=2)]
+    prompts = [prompt(2, 8), prompt(2, 8)]
+    mask = torch.ones(2, 8, dtype=torch.long)
+    mask[0, :3] = 0
+    expected = [
+        uncached(m, tokens, mask, 9)[:, 8:] for m, tokens in zip(built, prompts, strict=True)
+    ]
+    streams = [
+        stream(m, tokens, mask_BS=mask, max_new_tokens=9, compiled=True)
+        for m, tokens in zip(built, prompts, strict=True)
+    ]
+    drawn = [torch.stack(tokens, 1) for tokens in zip(*zip(*streams, strict=True), strict=True)]
+    assert all(torch.equal(a, b) for a, b in zip(drawn, expected, strict=True))
+    one = generate(built[0], prompts[0][:1], max_new_tokens=9, compiled=True)
+    assert torch.equal(one, generate(built[0], prompts[0][:1], max_new_tokens=9))
