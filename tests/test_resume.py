@@ -16,7 +16,7 @@ import torch
 import xarray as xr
 
 from tests.test_train import same
-from trinity_lib import checkpoint, disk, resume
+from trinity_lib import checkpoint, disk, experts, resume
 from trinity_lib.config import BadValue, Missing, Taken, from_json, override, to_json
 from trinity_lib.record import Claim, open_run
 from trinity_lib.run import RunConfig
@@ -437,6 +437,17 @@ def test_changed_text_is_refused(
     attributes = open_run(tmp_path / "cut").attrs
     file.write_text(file.read_text().replace(attributes["corpus_sha256"], "0" * 64))
     with pytest.raises(BadValue, match="its corpus has changed .* and was 000000000000"):
+        train(named, runs=tmp_path, cache=cache, resumes=True)
+
+
+def test_another_backend_is_refused(
+    config: RunConfig, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`auto` found the C++ operator when the run began, and does not on this machine."""
+    named = dataclasses.replace(config, name="cut", dtype="float32")
+    cut(named, tmp_path, cache, 4, monkeypatch)
+    monkeypatch.setattr(experts, "_native", lambda: "no compiler")
+    with pytest.raises(BadValue, match="native computed its experts, and here torch would"):
         train(named, runs=tmp_path, cache=cache, resumes=True)
 
 

@@ -1,6 +1,7 @@
 """What a run holds while it lasts: built before its first step, saved, and restored."""
 
 import hashlib
+import json
 import os
 import warnings
 from collections.abc import Callable
@@ -98,6 +99,7 @@ def _build(config: RunConfig, claim: Claim, cache: Path) -> Session:
     facts = replay.hashes(loaded.sha256, loaded.vocabulary.sha256)
     if claim.begun:
         _require_same_text(claim.folder, facts)
+        _require_same_backend(claim.folder, config)
     choices = replay.load(config, facts) if config.replay else None
     stream = rows.Stream(loaded.train, config.seed)
     for phase in config.phases:
@@ -233,6 +235,16 @@ def _require_same_text(folder: Path, facts: dict[str, str]) -> None:
                 f"The run {folder.name!r} cannot be resumed: its {what} has changed "
                 f"({name} is {value[:12]} and was {str(old.get(name))[:12]})."
             )
+
+
+def _require_same_backend(folder: Path, config: RunConfig) -> None:
+    old = json.loads(read_attributes(folder)["experts_backend"])["backend"]
+    now = backend_info(config.experts, config.device, products_dtype(config))["backend"]
+    if old != now:
+        raise BadValue(
+            f"The run {folder.name!r} cannot be resumed to the bit: {old} computed its "
+            f"experts, and here {now} would; `python -m trinity_lib.experts` says why."
+        )
 
 
 def _require_memory(config: RunConfig) -> None:
