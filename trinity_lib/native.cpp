@@ -39,7 +39,7 @@ struct Task {
 template <typename F>
 void run(const std::vector<Task>& tasks, int64_t scratch, const F& work) {
   std::atomic<size_t> next{0};
-  const int64_t threads = std::max<int64_t>(1, std::min<int64_t>(at::get_num_threads(), tasks.size()));
+  const int64_t threads = at::get_num_threads();  // also for one task: outside, BLAS would take all
   Tensor space = at::empty({threads, scratch}, at::kFloat);
   float* own = space.data_ptr<float>();
   at::parallel_for(0, threads, 1, [&](int64_t begin, int64_t) {
