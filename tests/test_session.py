@@ -13,7 +13,7 @@ import xarray as xr
 
 from tests.test_resume import cut
 from tests.test_train import same
-from trinity_lib import checkpoint, disk
+from trinity_lib import checkpoint, disk, experts
 from trinity_lib.config import BadValue, Missing, override, to_json
 from trinity_lib.record import open_run
 from trinity_lib.run import RunConfig
@@ -218,3 +218,15 @@ def test_state_has_every_optimiser_tensor(
     assert torch.equal(
         state.tensors["balancer.bias"], torch.stack([r.bias_E for r in model.routers()])
     )
+
+
+def test_a_slower_backend_is_told(
+    tiny: RunConfig, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(experts, "_native", lambda: "no C++ compiler")
+    config = dataclasses.replace(tiny, name="slower", dtype="float32")
+    sentence = "torch computes the experts, not native: no C\\+\\+ compiler."
+    with pytest.warns(UserWarning, match=sentence):
+        session = start(config, tmp_path, cache)
+    session.writer.close("failed", "a test")
+    assert "not native" in open_run(tmp_path / "slower").attrs["warnings"]

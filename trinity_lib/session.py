@@ -135,7 +135,7 @@ def _build(config: RunConfig, claim: Claim, cache: Path) -> Session:
     )
     if latest is not None:
         _restore(session, checkpoint.load_state(latest))
-    for warning in loaded.warnings:
+    for warning in (*loaded.warnings, *_fallback(config)):
         warnings.warn(warning, stacklevel=4)
     return session
 
@@ -237,6 +237,16 @@ def _require_same_text(folder: Path, facts: dict[str, str]) -> None:
             )
 
 
+def _fallback(config: RunConfig) -> list[str]:
+    """A sentence where `auto` would have computed the experts with a faster backend."""
+    dtype = products_dtype(config)
+    info = backend_info(config.experts, config.device, dtype)
+    wanted = "megablocks" if config.device == "cuda" else "native"
+    if config.experts != "auto" or info["backend"] == wanted or dtype == torch.float64:
+        return []
+    return [f"{info['backend']} computes the experts, not {wanted}: {info[wanted]}."]
+
+
 def _require_same_backend(folder: Path, config: RunConfig) -> None:
     old = json.loads(read_attributes(folder)["experts_backend"])["backend"]
     now = backend_info(config.experts, config.device, products_dtype(config))["backend"]
@@ -315,7 +325,7 @@ def _attributes(config: RunConfig, loaded: Loaded, begun: bool) -> dict[str, Any
         "parameters_total": count.total,
         "parameters_active": count.active,
         "parameters_active_with_embeddings": count.active_with_embeddings,
-        "warnings": list(loaded.warnings),
+        "warnings": [*loaded.warnings, *_fallback(config)],
         "documents": loaded.summary,
         "text": [str(source.path) for source in config.data.sources] or config.data.corpus,
     }
