@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from trinity_lib import afmoe, checkpoint, corpus, hub, recipes, tokenizer
+from trinity_lib.attention import context
 from trinity_lib.config import BadValue, Refusal, override
 from trinity_lib.generate import generate
 from trinity_lib.losses import token_loss
@@ -301,8 +302,9 @@ def test_scores_and_weights_that_transformers_ignores_are_honoured(
     plain = hub.load(folder)
     hidden = plain(tokens_of(SMALL), hidden=True).hidden[1]
     block = plain.blocks[1]
-    mixed = block.attention(block.attention_norm(hidden), plain._context(
-        torch.zeros_like(tokens_of(SMALL)), None, torch.float32))  # fmt: skip
+    documents = torch.zeros_like(tokens_of(SMALL))
+    shared = context(documents, plain.config.attention, torch.float32)
+    mixed = block.attention(block.attention_norm(hidden), shared)
     x = block.mlp_norm(hidden + block.attention_post_norm(mixed)).flatten(0, 1)
     logits = x @ block.router.weight_ED.T
     expected = scores(logits, -1) if score_func == "softmax" else scores(logits)
