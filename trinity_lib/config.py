@@ -15,6 +15,7 @@ import sys
 import types
 import typing
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 
@@ -186,6 +187,15 @@ def from_json(cls: type, text: str) -> Any:
     except ValueError as error:
         raise BadValue(f"{cls.__name__} is not JSON: {first_line(error)}.") from error
     return build(cls, values)
+
+
+def from_file(cls: type, path: Path) -> Any:
+    """The settings object in a file given as `--config`; Missing where it cannot be read."""
+    try:
+        text = path.read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise Missing(f"--config is {path}; it cannot be read: {error}.") from error
+    return from_json(cls, text)
 
 
 def differences(old: Any, new: Any, leave_out: tuple[str, ...] = ()) -> list[str]:

@@ -118,7 +118,7 @@ def live(backend: Backend, device: str, dtype: torch.dtype) -> str:
     wanted = backend
     if backend == "auto":
         wanted = "megablocks" if device == "cuda" else "native"
-    missing = _missing(wanted, device, dtype)
+    missing = unavailable(wanted, device, dtype)
     if not missing:
         return wanted
     if backend == "auto":
@@ -126,7 +126,10 @@ def live(backend: Backend, device: str, dtype: torch.dtype) -> str:
     raise Missing(f"experts is {backend!r}, which cannot compute here: {missing}.")
 
 
-def _missing(backend: str, device: str, dtype: torch.dtype) -> str:
+def unavailable(backend: str, device: str, dtype: torch.dtype) -> str:
+    """Why a backend cannot compute there, in a clause; "" where it can."""
+    if backend == "torch":
+        return ""
     if backend == "megablocks":
         return _megablocks.unavailable(device, dtype)
     if device != "cpu" or dtype != torch.float32:

@@ -8,7 +8,6 @@ import dataclasses
 import hashlib
 import time
 from collections.abc import Callable, Mapping
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -19,20 +18,14 @@ import xarray as xr
 from trinity_lib import agreement, interpreted, metrics
 from trinity_lib.agreement import QUANTITIES, ROUTINGS, Batch, Errors
 from trinity_lib.allocator import keep_memory
-from trinity_lib.config import (
-    Missing,
-    Refusal,
-    digest,
-    from_json,
-    one_sentence,
-    to_json,
-)
-from trinity_lib.experts import Experts, backend_info, live
+from trinity_lib.config import Refusal, from_file, one_sentence, to_json
+from trinity_lib.experts import Experts, backend_info, unavailable
 from trinity_lib.interpreted import Case
 from trinity_lib.kernels_config import KernelsConfig, require_memory
 from trinity_lib.progress import counted
 from trinity_lib.record import Claim, Writer, open_run, provenance
 from trinity_lib.routing import Routing
+from trinity_lib.run import fresh_name
 from trinity_lib.schema import TABLES
 from trinity_lib.train import RUNS, reproducible
 
@@ -50,8 +43,7 @@ def measure(config: KernelsConfig, *, runs: Path = RUNS) -> xr.DataTree:
     taken.
     """
     if not config.name:
-        when = f"{datetime.now():%Y%m%d-%H%M%S-%f}"[:-3]
-        name = f"kernels-{config.shape}-{digest(config)}-{when}"
+        name = fresh_name(f"kernels-{config.shape}", config)
         config = dataclasses.replace(config, name=name)
     require_memory(config)
     claim = Claim(runs / config.name)
@@ -152,11 +144,10 @@ def _available(config: KernelsConfig) -> tuple[list[str], dict[str, str]]:
     for backend in config.backends:
         if _elsewhere(config, backend):
             continue
-        try:
-            here.append(live(backend, config.device, config.dtype))
-        except Missing as refusal:
-            clause = str(refusal).rpartition("cannot compute here: ")[2]
-            missing[backend] = clause.removesuffix(".")
+        if clause := unavailable(backend, config.device, config.dtype):
+            missing[backend] = clause
+        else:
+            here.append(backend)
     return here, missing
 
 
@@ -236,11 +227,7 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=RUNS, help="folder of run files")
     given = parser.parse_args()
     with one_sentence():
-        try:
-            text = given.config.read_text()
-        except (OSError, UnicodeDecodeError) as error:
-            raise Missing(f"--config is {given.config}; it cannot be read: {error}.") from error
-        config = from_json(KernelsConfig, text)
+        config = from_file(KernelsConfig, given.config)
         run = measure(config, runs=given.runs)
         print(given.runs / f"{run.attrs['name']}.nc")
 

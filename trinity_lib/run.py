@@ -3,7 +3,7 @@
 import dataclasses
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from trinity_lib import optim
 from trinity_lib.balance import BalanceConfig
@@ -149,5 +149,9 @@ def named(config: RunConfig) -> RunConfig:
     """The same run with a name."""
     if config.name:
         return config
-    name = f"{config.scale}-{digest(config)}-{datetime.now():%Y%m%d-%H%M%S-%f}"[:-3]
-    return dataclasses.replace(config, name=name)
+    return dataclasses.replace(config, name=fresh_name(config.scale, config))
+
+
+def fresh_name(kind: str, config: Any) -> str:
+    """Kind, hash of the configuration, and the time to a thousandth of a second."""
+    return f"{kind}-{digest(config)}-{datetime.now():%Y%m%d-%H%M%S-%f}"[:-3]

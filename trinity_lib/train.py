@@ -16,7 +16,7 @@ import xarray as xr
 from torch import Tensor
 
 from trinity_lib import checkpoint, disk, evaluate, metrics, optim, replay, resume, rows
-from trinity_lib.config import Missing, Refusal, from_json, one_sentence, to_json
+from trinity_lib.config import Refusal, from_file, one_sentence, to_json
 from trinity_lib.data import IGNORE, Batch
 from trinity_lib.losses import token_loss
 from trinity_lib.model import Output
@@ -300,11 +300,7 @@ def main() -> None:
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
     given = parser.parse_args()
     with one_sentence():
-        try:
-            text = given.config.read_text()
-        except (OSError, UnicodeDecodeError) as error:
-            raise Missing(f"--config is {given.config}; it cannot be read: {error}.") from error
-        config = from_json(RunConfig, text)
+        config = from_file(RunConfig, given.config)
         run = train(config, runs=given.runs, cache=given.cache, resumes=given.resume)
         print(given.runs / f"{run.attrs['name']}.nc")
 
