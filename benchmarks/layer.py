@@ -39,7 +39,7 @@ from torch import Tensor, nn
 from trinity_lib import recipes
 from trinity_lib.config import Missing, first_line
 from trinity_lib.experts import backend_info
-from trinity_lib.metrics import max_vio
+from trinity_lib.loads import max_vio
 from trinity_lib.model import ModelConfig
 
 TOKENS = (8192, 16_384, 32_768, 65_536)

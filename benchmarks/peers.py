@@ -21,7 +21,7 @@ import transformers
 from _timing import fastest, interleave, product_rate, rounded, show, speedups
 from torch import Tensor, nn
 
-from trinity_lib import balance, hub, optim, recipes
+from trinity_lib import balancers, hub, optim, recipes
 from trinity_lib.allocator import keep_memory
 from trinity_lib.data import IGNORE
 from trinity_lib.experts import use_backend
@@ -224,8 +224,14 @@ def whole_steps(passes: dict, ours: dict, repetitions: int, result: dict) -> Non
 def balancing(built: Trinity, tokens_BS: Tensor, result: dict) -> None:
     """SMEBU's counting and update, as a share of the fastest whole step."""
     config = recipes.small().balance
-    layers, experts = len(built.config.moe_layers), built.config.router.num_experts
-    smebu = balance.build(config, layers, experts, "cpu")
+    smebu = balancers.build(
+        config,
+        num_layers=len(built.config.moe_layers),
+        num_experts=built.config.router.num_experts,
+        top_k=built.config.router.top_k,
+        vocab_size=built.config.vocab_size,
+        seed=0,
+    )
     with torch.no_grad():
         routing = built(tokens_BS).routing
     mask_T = torch.ones(tokens_BS.numel(), dtype=torch.bool)

@@ -23,7 +23,7 @@ def run(
     when = {"train": steps, "layers": steps, "routing": steps, "evaluation": 3}
     groups = {}
     for name, variables in SCHEMA.items():
-        if name == "choices":
+        if name in ("choices", "probe"):
             continue
         at = np.linspace(0 if name == "evaluation" else 1, steps, when[name]).astype(int)
         data = {}
@@ -80,8 +80,8 @@ def kernels(
         "repetition": np.arange(4),
     }
     groups = {}
-    for name, variables in TABLES.items():
-        data = {}
+    for name in ("agreement", "speed"):
+        variables, data = TABLES[name], {}
         for key, variable in variables.items():
             shape = [len(labels[d]) for d in variable.dims]
             meta = {"units": variable.units, "long_name": variable.long_name}

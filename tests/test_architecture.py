@@ -11,10 +11,11 @@ PACKAGE = Path(__file__).parent.parent / "trinity_lib"
 MODULES = sorted(p.stem for p in PACKAGE.glob("*.py") if p.stem != "__init__")
 LAYERS = (
     ("config", "progress", "world", "schema", "plugin", "allocator", "native"),
-    ("disk", "corpus", "linear"),
+    ("disk", "corpus", "linear", "loads"),
     ("record", "sources"),
-    ("tokenizer", "balance", "metrics"),
-    ("data", "plots", "plots_kernels", "routing", "attention"),
+    ("tokenizer", "balance", "metrics", "specialisation", "dynamics"),
+    ("auxiliary", "assignment", "outcome", "findings"),
+    ("balancers", "data", "plots", "plots_kernels", "plots_study", "routing", "attention"),
     ("_standins", "fused"),
     ("dropless",),
     ("_megablocks",),
@@ -23,17 +24,17 @@ LAYERS = (
     ("optim", "losses", "generate", "afmoe"),
     ("hub",),
     ("checkpoint", "parallel", "evaluate", "harness"),
-    ("run", "plan"),
+    ("run", "plan", "probe"),
     ("resume", "replay", "rehearse"),
     ("session",),
     ("train",),
     ("posttrain",),
-    ("audit", "compare", "card", "study"),
+    ("audit", "compare", "card", "trial"),
     ("recipes",),
     ("launch",),
-    ("kernels_config",),
+    ("kernels_config", "grid"),
     ("interpreted",),
-    ("kernels",),
+    ("kernels", "study"),
 )
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
 
@@ -79,7 +80,9 @@ def test_only_one_module_may_import_megablocks() -> None:
 def test_reading_a_run_needs_no_torch() -> None:
     code = (
         "import sys; from trinity_lib.record import open_run, open_runs; "
-        "import trinity_lib.plots, trinity_lib.metrics; assert 'torch' not in sys.modules"
+        "import trinity_lib.plots, trinity_lib.metrics, trinity_lib.plots_study, "
+        "trinity_lib.dynamics, trinity_lib.specialisation, trinity_lib.outcome; "
+        "assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
 

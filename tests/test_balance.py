@@ -10,7 +10,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from trinity_lib import balance
+from trinity_lib import balance, balancers
 from trinity_lib.balance import BalanceConfig
 
 CONSTANTS = {"lam": 5e-4, "beta": 0.5, "kappa": 2.0}
@@ -19,6 +19,12 @@ CONSTANTS = {"lam": 5e-4, "beta": 0.5, "kappa": 2.0}
 class Routed(NamedTuple):
     scores_TE: Tensor
     experts_TK: Tensor
+
+
+def build(config: BalanceConfig, num_layers: int, num_experts: int) -> balance.Balancer:
+    return balancers.build(
+        config, num_layers=num_layers, num_experts=num_experts, top_k=2, vocab_size=9, seed=0
+    )
 
 
 def by_hand(loads: list[float], steps: int) -> tuple[list[float], list[float]]:
@@ -100,16 +106,19 @@ def test_sequence_loss_against_plain_loops() -> None:
             f = E / (K * len(tokens)) * sum(int(i in experts[t]) for t in tokens)
             p = sum(float(scores[t, i] / scores[t].sum()) for t in tokens) / len(tokens)
             total += f * p
-    assert float(balance.sequence_loss(scores, experts, documents)) == pytest.approx(total)
+    assert float(balance.sequence_loss(Routed(scores, experts), documents)) == pytest.approx(
+        total
+    )
 
 
 def test_sequence_loss_is_one_a_row_when_even_and_has_a_gradient() -> None:
     scores = torch.full((8, 4), 0.5, requires_grad=True)
     experts = torch.tensor([[0, 1], [2, 3]] * 4)
-    loss = balance.sequence_loss(scores, experts, torch.zeros(2, 4, dtype=torch.long))
+    documents = torch.zeros(2, 4, dtype=torch.long)
+    loss = balance.sequence_loss(Routed(scores, experts), documents)
     assert float(loss.detach()) == pytest.approx(2.0)
     skewed = torch.tensor([[0, 1]] * 8)
-    balance.sequence_loss(scores, skewed, torch.zeros(2, 4, dtype=torch.long)).backward()
+    balance.sequence_loss(Routed(scores, skewed), documents).backward()
     assert (scores.grad[:, :2] > 0).all() and (scores.grad[:, 2:] < 0).all()
 
 
@@ -119,8 +128,51 @@ def test_loads_count_valid_tokens_once_per_choice() -> None:
     assert balance.load(routing, valid).tolist() == [[1, 3, 1, 0, 1]] * 2
 
 
+def test_no_expert_is_counted_nowhere_and_changes_no_fraction() -> None:
+    scores = torch.rand(4, 5)
+    ragged = Routed(scores, torch.tensor([[0, 1, -1], [-1, -1, -1], [4, 1, 3], [3, 0, -1]]))
+    valid = torch.tensor([True, True, True, False])
+    assert balance.load([ragged], valid).tolist() == [[1, 2, 0, 1, 1]]
+    assert balance.load([ragged], ~valid).tolist() == [[1, 0, 0, 1, 0]]
+    assert balance.chosen(ragged).tolist() == [
+        [1, 1, 0, 0, 0],
+        [0, 0, 0, 0, 0],
+        [0, 1, 0, 1, 1],
+        [1, 0, 0, 1, 0],
+    ]
+    documents = torch.tensor([[0, 0, 0, -1]])
+    share = (scores / scores.sum(-1, keepdim=True))[:3].mean(0)
+    expected = float((torch.tensor([1.0, 2, 0, 1, 1]) * share).sum())
+    assert float(balance.sequence_loss(ragged, documents)) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("method", ["loss_free", "proportional"])
+def test_uncentred_rules_against_plain_loops(method: str) -> None:
+    rows = [[4, 3, 1, 8], [0, 0, 0, 0], [5, 5, 5, 5]]
+    balancer = build(BalanceConfig(method=method, rate=0.5), 3, 4)
+    for steps in (1, 2):
+        balancer.update(torch.tensor(rows))
+        for n, bias in zip(rows, balancer.bias_LE.tolist(), strict=True):
+            mean = sum(n) / 4
+            if method == "loss_free":
+                step = [0.5 * ((mean > x) - (mean < x)) for x in n]
+            else:
+                step = [0.5 * (mean - x) / mean if mean else 0.0 for x in n]
+            assert bias == pytest.approx([steps * d for d in step])
+    assert not balancer.momentum_LE.any()
+
+
+def test_smebu_without_centring_keeps_the_mean_step() -> None:
+    config = BalanceConfig(method="smebu", rate=0.1, beta=0.5, kappa=2.0, centre=False)
+    balancer = build(config, 1, 4)
+    balancer.update(torch.tensor([[0, 0, 0, 8]]))
+    step = [0.05 * math.tanh(2)] * 3 + [0.05 * math.tanh(-6)]
+    assert balancer.bias_LE[0].tolist() == pytest.approx(step)
+    assert abs(float(balancer.bias_LE.mean())) > 0.01
+
+
 def test_none_never_moves_and_has_no_loss() -> None:
-    none = balance.build(BalanceConfig(method="none"), 2, 4)
+    none = build(BalanceConfig(method="none"), 2, 4)
     scores = torch.rand(3, 4)
     assert torch.equal(none.select(scores, 0), scores)
     none.bias_LE = torch.arange(8.0).view(2, 4)  # came with a checkpoint's weights
@@ -131,10 +183,10 @@ def test_none_never_moves_and_has_no_loss() -> None:
     assert none.loss([], torch.zeros(1, 3, dtype=torch.long)) is None
 
 
-@pytest.mark.parametrize("method", ["sign", "smebu"])
+@pytest.mark.parametrize("method", ["sign", "smebu", "loss_free", "proportional"])
 def test_a_fixed_router_is_brought_to_balance(method: str) -> None:
     """Skewed scores, no learning: the bias alone must even the loads out."""
-    balancer = balance.build(BalanceConfig(method=method, rate=5e-3), 1, 8)
+    balancer = build(BalanceConfig(method=method, rate=5e-3), 1, 8)
     generator = torch.Generator().manual_seed(0)
     skew = torch.linspace(0, 0.5, 8)
     for _ in range(300):
@@ -149,10 +201,19 @@ def test_a_fixed_router_is_brought_to_balance(method: str) -> None:
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"method": "sinkhorn"}, "method is 'sinkhorn'; it must be one of none, sign, smebu"),
+        ({"method": "sing"}, "method is 'sing'; it must be one of none, switch, sequence, "),
         ({"rate": -1}, "balance.rate is -1.0"),
         ({"beta": 1.0}, "balance.beta is 1.0"),
         ({"kappa": 0}, "balance.kappa is 0.0"),
+        ({"centre": 2}, "centre is 2; it must be true or false"),
+        ({"iterations": 0}, "balance.iterations is 0; it must be from 1 to 1000"),
+        ({"share": 0}, "balance.share is 0.0; it must be above 0, at most 1"),
+        ({"share": 1.5}, "balance.share is 1.5"),
+        ({"sequence_loss": -1}, "balance.sequence_loss is -1.0; it must be 0 or more"),
+        (
+            {"method": "dropout", "rate": 1},
+            "balance.rate is 1.0; it must be below 1 where the method is dropout",
+        ),
     ],
 )
 def test_bad_settings(changes: dict, sentence: str) -> None:
@@ -187,7 +248,7 @@ def test_sign_steps_are_bounded_and_the_bias_stays_centred(
 
 
 def test_a_long_fp32_run_does_not_drift() -> None:
-    balancer = balance.build(BalanceConfig(method="smebu"), 2, 16)
+    balancer = build(BalanceConfig(method="smebu"), 2, 16)
     generator = torch.Generator().manual_seed(0)
     for _ in range(2000):
         balancer.update(torch.randint(0, 1000, (2, 16), generator=generator))
@@ -197,7 +258,7 @@ def test_a_long_fp32_run_does_not_drift() -> None:
 
 def test_a_balancer_is_its_function_with_the_configured_constants() -> None:
     config = BalanceConfig(method="smebu", rate=0.02, beta=0.25, kappa=3.0)
-    balancer = balance.build(config, 2, 4)
+    balancer = build(config, 2, 4)
     load = torch.tensor([[4, 3, 1, 8], [2, 2, 6, 6]])
     bias = momentum = torch.zeros(2, 4)
     for _ in range(2):
@@ -207,7 +268,7 @@ def test_a_balancer_is_its_function_with_the_configured_constants() -> None:
     scores = torch.rand(3, 4)
     for layer in range(2):
         assert torch.equal(balancer.select(scores, layer), scores + bias[layer])
-    signed = balance.build(BalanceConfig(method="sign", rate=0.02), 2, 4)
+    signed = build(BalanceConfig(method="sign", rate=0.02), 2, 4)
     signed.update(load)
     assert torch.equal(signed.bias_LE, balance.sign(torch.zeros(2, 4), load, gamma=0.02))
     assert not signed.momentum_LE.any()
@@ -221,7 +282,7 @@ def test_no_gradient_flows_through_the_fraction() -> None:
     experts = scores.detach().topk(K).indices
     documents = torch.zeros(B, S, dtype=torch.long)
     documents[1, 3:] = -1
-    balance.sequence_loss(scores, experts, documents).backward()
+    balance.sequence_loss(Routed(scores, experts), documents).backward()
     for b, length in enumerate((5, 3)):
         rows = range(b * S, b * S + length)
         f = [
@@ -245,8 +306,8 @@ def test_the_loss_is_alpha_times_the_sum_over_layers_and_padding_rows_add_nothin
         scores = torch.rand(8, 5, generator=generator)
         layers.append(Routed(scores, scores.topk(2).indices))
     documents = torch.tensor([[0, 0, 1, 1], [-1, -1, -1, -1]])
-    balancer = balance.build(BalanceConfig(sequence_loss=0.25), 3, 5)
-    first = [balance.sequence_loss(s[:4], e[:4], documents[:1]) for s, e in layers]
+    balancer = build(BalanceConfig(sequence_loss=0.25), 3, 5)
+    first = [balance.sequence_loss(Routed(s[:4], e[:4]), documents[:1]) for s, e in layers]
     assert float(balancer.loss(layers, documents)) == pytest.approx(0.25 * float(sum(first)))
-    silent = balance.build(BalanceConfig(sequence_loss=0), 3, 5)
+    silent = build(BalanceConfig(sequence_loss=0), 3, 5)
     assert silent.loss(layers, documents) is None

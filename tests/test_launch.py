@@ -134,7 +134,12 @@ BAD: list[tuple[dict, str]] = [
     ({"seed": 0.5}, "seed is 0.5; it must be a whole number"),
     ({"seed": None}, "seed is None; it must be a whole number"),
     ({"seed": 2**63}, r"seed is 9223372036854775808; it must be below 2\*\*63"),
-    ({"balance": "sing"}, "balance is 'sing'; it must be one of none, sign, smebu"),
+    (
+        {"balance": "sing"},
+        "balance is 'sing'; it must be one of none, switch, sequence, global, "
+        "loss_free, sign, proportional, smebu, quantile, bip, phi, sinkhorn, expert_choice, "
+        "dropout, hash",
+    ),
     ({"balance_rate": -0.1}, "balance.rate is -0.1; it must be zero or more"),
     ({"balance_rate": "fast"}, "balance_rate is 'fast'; it must be a number"),
     ({"balance_rate": float("inf")}, "balance_rate is inf; it must be a finite number"),

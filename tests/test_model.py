@@ -7,13 +7,24 @@ import pytest
 import torch
 from torch import Tensor
 
-from trinity_lib import balance, optim
+from trinity_lib import balance, balancers, optim
 from trinity_lib.attention import AttentionConfig, RMSNorm
 from trinity_lib.balance import BalanceConfig
 from trinity_lib.losses import token_loss
 from trinity_lib.model import ModelConfig, Trinity, count_parameters
 from trinity_lib.optim import OptimConfig
 from trinity_lib.routing import RouterConfig
+
+
+def balancer_of(config: BalanceConfig, model: ModelConfig) -> balance.Balancer:
+    return balancers.build(
+        config,
+        num_layers=len(model.moe_layers),
+        num_experts=model.router.num_experts,
+        top_k=model.router.top_k,
+        vocab_size=model.vocab_size,
+        seed=0,
+    )
 
 
 def built(config: ModelConfig, seed: int = 0, dtype: torch.dtype = torch.float32) -> Trinity:
@@ -136,7 +147,7 @@ def steps(
 ) -> tuple[list[float], list[Tensor], list[Tensor], list]:
     """Twenty float64 steps over the same global batches; losses, counts, state, choices."""
     model = built(config, dtype=torch.float64)
-    balancer = balance.build(BalanceConfig(rate=1e-2), 3, config.router.num_experts)
+    balancer = balancer_of(BalanceConfig(rate=1e-2), config)
     optimizers = optim.build(model, OptimConfig(optimizer=optimizer, muon_rate=1e-2))
     losses, counts, states, choices = [], [], [], []
     for step in range(20):
@@ -346,7 +357,7 @@ def test_construction_is_filled_from_the_generator_alone(tiny_model: ModelConfig
 
 def test_stored_biases_choose_what_the_balancer_would(tiny_model: ModelConfig) -> None:
     model, row = built(tiny_model), tokens(tiny_model, 2, 12)
-    balancer = balance.build(BalanceConfig(rate=0.5), 3, 8)
+    balancer = balancer_of(BalanceConfig(rate=0.5), tiny_model)
     plain = model(row, select=balancer.select)
     balancer.update(torch.arange(24).view(3, 8))
     steered = model(row, select=balancer.select)

@@ -32,7 +32,7 @@ from trinity_lib import world
 SPLITS = ("train", "validation")
 DOMAINS = ("code", "prose", "arithmetic", "facts")
 SEED = 0
-PEOPLE = 1500
+PEOPLE, REGISTERED = 1500, 1000
 VALIDATION_SHARE = 10
 """One file in this many is validation."""
 TWIN_LINE = 20
@@ -91,6 +91,18 @@ def procedural(seed: int) -> Corpus:
     documents = _procedural(seed, sums=(600, 60), persons=200)
     digest = hashlib.sha256(_encode(documents)).hexdigest()
     return Corpus(documents, digest, hashlib.sha256().hexdigest())
+
+
+def registered(cache: Path) -> Corpus:
+    """Code and prose of the embedded corpus, and a register of a thousand people to store."""
+    text, rng = embedded(cache), Random(SEED)
+    persons = world.people(rng, REGISTERED)
+    documents = {}
+    for split, count in zip(SPLITS, (12_000, 400), strict=True):
+        kept = {name: text.documents[split][name] for name in ("code", "prose")}
+        documents[split] = {**kept, "registry": world.registry(rng, persons, count)}
+    digest = hashlib.sha256(_encode(documents)).hexdigest()
+    return Corpus(documents, digest, text.sources_sha256, text.warnings)
 
 
 def embedded(cache: Path, library: Path | None = None) -> Corpus:

@@ -35,8 +35,9 @@ STREAM_LIMIT = 100_000
 class DataConfig:
     """Where text comes from, rows, and the order of documents."""
 
-    corpus: Literal["embedded", "procedural"] = "embedded"
-    """`embedded`: this Python's standard library and procedural text; or the latter alone."""
+    corpus: Literal["embedded", "procedural", "registered"] = "embedded"
+    """`embedded`: this Python's standard library and procedural text; `procedural`: the latter
+    alone; `registered`: the former, and a register that has to be stored."""
     sources: tuple[Source, ...] = ()
     """The user's own text, in place of `corpus`; a domain each."""
     tokenizer: str = ""
@@ -143,8 +144,9 @@ def load(config: DataConfig, vocab_size: int, cache: Path) -> Loaded:
     if local:
         texts = Files(local, config.validation_share)
     elif not hubs:
-        procedural = config.corpus == "procedural"
-        texts = corpus.procedural(0) if procedural else corpus.embedded(cache)
+        makers = {"embedded": corpus.embedded, "registered": corpus.registered}
+        make = makers.get(config.corpus)
+        texts = make(cache) if make else corpus.procedural(0)
     warnings = list(texts.warnings) if texts else []
     share = config.validation_share
     address = "".join(f"{h.source.path} {h.source.field} {share}\n" for h in hubs.values())

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 import xarray as xr
 
-from trinity_lib import agreement, interpreted, metrics
+from trinity_lib import agreement, interpreted, loads
 from trinity_lib.agreement import QUANTITIES, ROUTINGS, Batch, Errors
 from trinity_lib.allocator import keep_memory
 from trinity_lib.config import Refusal, from_file, one_sentence, to_json
@@ -31,6 +31,8 @@ from trinity_lib.train import RUNS, reproducible
 
 DIRECTIONS = ("forward", "forward+backward")
 """Forward is without gradients, as in evaluation."""
+GROUPS = ("agreement", "speed")
+"""What a run that measures kernels holds."""
 DENSE = {"cpu": 768, "cuda": 8192}
 """Side of the square matrices whose product is the yardstick of speed."""
 
@@ -123,7 +125,8 @@ def _elsewhere(config: KernelsConfig, backend: str) -> bool:
 
 def _empty(config: KernelsConfig, labels: dict[str, Any]) -> dict[str, xr.Dataset]:
     tables = {}
-    for group, variables in TABLES.items():
+    for group in GROUPS:
+        variables = TABLES[group]
         used = {d: labels[d] for v in variables.values() for d in v.dims}
         empty = {
             name: (v.dims, np.full([len(labels[d]) for d in v.dims], np.nan))
@@ -162,7 +165,7 @@ def _measure_case(
     _note(tables, {case: agreement.between(experts, given, backends)})
     at = {"tokens": case[0], "routing": case[1]}
     count_E = given.experts_TK.flatten().bincount(minlength=config.num_experts)
-    tables["agreement"]["max_vio"].loc[at] = float(metrics.max_vio(count_E.cpu().numpy()))
+    tables["agreement"]["max_vio"].loc[at] = float(loads.max_vio(count_E.cpu().numpy()))
     size, seconds = DENSE[config.device], tables["speed"]["seconds"]
     square = torch.ones(size, size, device=config.device, dtype=config.dtype)
     for repetition in range(-1, config.repetitions):  # the first warms up

@@ -108,7 +108,7 @@ def configure(
     shape = convert(str, shape, "shape") or SHAPES[place]
     require(shape in recipes.SCALES, "shape", shape, f"one of {', '.join(recipes.SCALES)}")
     recipe = recipes.SCALES[shape]()
-    counts = [convert(int, t, "tokens") for t in _split(tokens)]
+    counts = [convert(int, t, "tokens") for t in launch.listed(tokens)]
     threads = convert(int | None, threads, "threads")
     config = KernelsConfig(
         shape=shape,
@@ -117,7 +117,7 @@ def configure(
         num_experts=recipe.model.router.num_experts,
         top_k=recipe.model.router.top_k,
         tokens=tuple(sorted(counts)) or TOKENS[place],
-        backends=tuple(convert(Backend, each, "backends") for each in _split(backends)),
+        backends=tuple(convert(Backend, each, "backends") for each in launch.listed(backends)),
         repetitions=repetitions,
         seed=seed,
         device=place,
@@ -126,13 +126,6 @@ def configure(
     )
     require_memory(config)
     return config
-
-
-def _split(given: Any) -> list[Any]:
-    """`"256, 1024"`, one number or a list, as a list."""
-    if isinstance(given, str):
-        return [part.strip() for part in given.strip("[]() ").split(",") if part.strip()]
-    return list(given) if isinstance(given, list | tuple) else [given]
 
 
 def _listed(values: Sequence[object]) -> str:

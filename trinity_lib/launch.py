@@ -176,6 +176,18 @@ def _entries(path: Path, vocabulary: int, asked: int | None, published: bool) ->
     return size
 
 
+def located(parameter: str, path: str) -> Path:
+    """A path that is there, from the repository's root or the current folder; or Missing."""
+    return _located(parameter, path, dict.fromkeys((ROOT, Path.cwd())))
+
+
+def listed(given: Any) -> list[Any]:
+    """`"256, 1024"`, one value or a list, as a list."""
+    if isinstance(given, str):
+        return [part.strip() for part in given.strip("[]() ").split(",") if part.strip()]
+    return list(given) if isinstance(given, list | tuple) else [given]
+
+
 def _located(parameter: str, path: str, folders: Iterable[Path]) -> Path:
     try:
         tried = [folder / Path(path).expanduser() for folder in folders]

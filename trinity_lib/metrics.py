@@ -1,8 +1,6 @@
-"""Measures of balance and learning, each with its floor; numpy and xarray alone."""
+"""What a run shows: its balance and its learning, beside their floors. No torch."""
 
-import functools
 import json
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -10,112 +8,18 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 
-DEAD_SHARE = 0.01
-"""An expert under this share of the mean load is dead."""
-ENOUGH_TOKENS = 100
-"""Mean tokens per expert a window must hold before an expert may be called dead."""
+from trinity_lib.loads import (
+    ENOUGH_TOKENS,
+    dead_fraction,
+    effective_experts,
+    max_vio,
+    over_experts,
+    sampling_floor,
+    warn_if_few,
+)
+
 REPORT_LAMBDA = 5e-4
 """lambda of SMEBU in the technical report, section 6."""
-
-
-def max_vio(load: Any) -> Any:
-    """Highest over mean load, less 1, over the last axis; 0 where nothing was routed.
-
-    Wang et al. 2024 (arXiv 2408.15664), equation 4.
-    """
-    return _over_mean(load, np.max) - 1.0
-
-
-def min_vio(load: Any) -> Any:
-    """1 less lowest over mean load, over the last axis; 0 where nothing was routed."""
-    return 1.0 - _over_mean(load, np.min)
-
-
-def _over_mean(load: Any, measure: Callable, empty: float = 1.0) -> Any:
-    load = np.asarray(load, dtype=float)
-    mean = load.mean(-1)
-    return np.where(mean > 0, measure(load, axis=-1) / np.where(mean > 0, mean, 1.0), empty)
-
-
-def load_entropy(load: Any) -> Any:
-    """Entropy of the loads in nats, over the last axis; 0 where nothing was routed."""
-    load = np.asarray(load, dtype=float)
-    total = load.sum(-1, keepdims=True)
-    share = load / np.where(total > 0, total, 1.0)
-    return -(share * np.log(np.where(share > 0, share, 1.0))).sum(-1)
-
-
-def effective_experts(load: Any) -> Any:
-    """exp of the load entropy: as many evenly used experts would have it."""
-    return np.exp(load_entropy(load))
-
-
-def dead_fraction(load: Any, share: float = DEAD_SHARE) -> Any:
-    """Share of experts with less than `share` of the mean load, over the last axis.
-
-    0 where nothing was routed: no load, no evidence.
-    """
-    load = np.asarray(load, dtype=float)
-    return (load < share * load.mean(-1, keepdims=True)).mean(-1)
-
-
-def cv(load: Any) -> Any:
-    """Standard deviation over mean load, over the last axis; 0 where nothing was routed."""
-    return _over_mean(load, np.std, empty=0.0)
-
-
-def gini(load: Any) -> Any:
-    """Gini coefficient of the loads, over the last axis; 0 where nothing was routed.
-
-    0 is an even load, (E - 1) / E all of it on one of E experts.
-    """
-    load = np.sort(np.asarray(load, dtype=float), axis=-1)
-    experts, total = load.shape[-1], load.sum(-1)
-    weighted = (load * (2 * np.arange(1, experts + 1) - experts - 1)).sum(-1)
-    return weighted / (experts * np.where(total > 0, total, 1.0))
-
-
-def over_experts(function: Callable[[Any], Any], load: xr.DataArray) -> xr.DataArray:
-    """A measure of loads, applied along dimension `expert`."""
-    return xr.apply_ufunc(function, load, input_core_dims=[["expert"]])
-
-
-@functools.cache
-def sampling_floor(
-    tokens: int,
-    num_experts: int,
-    top_k: int,
-    statistic: Callable[[Any], Any] = max_vio,
-    seed: int = 0,
-) -> float:
-    """What a measure comes to when every token picks `top_k` distinct experts at random.
-
-    Balance cannot be better than chance: a measure counts only beyond its floor.
-    Simulated, exact about distinctness, with more draws where they are cheap.
-    """
-    draws = max(32, min(512, 2**23 // (tokens * top_k)))
-    generator = np.random.default_rng(seed)
-    loads = np.zeros((draws, num_experts))
-    for draw in range(draws):
-        for start in range(0, tokens, 4096):
-            some = min(4096, tokens - start)
-            chosen = _distinct(generator, some, num_experts, top_k)
-            loads[draw] += np.bincount(chosen.ravel(), minlength=num_experts)
-    return float(np.mean(statistic(loads)))
-
-
-def _distinct(
-    generator: np.random.Generator, tokens: int, num_experts: int, top_k: int
-) -> np.ndarray:
-    """Distinct experts of every token, [tokens, top_k], every set as likely as any other."""
-    if top_k * (top_k - 1) > num_experts:  # most draws would repeat an expert
-        keys = generator.random((tokens, num_experts), dtype=np.float32)
-        return np.argpartition(keys, top_k - 1, axis=1)[:, :top_k]
-    chosen = np.sort(generator.integers(num_experts, size=(tokens, top_k)), axis=1)
-    while (repeats := (chosen[:, 1:] == chosen[:, :-1]).any(axis=1)).any():
-        again = generator.integers(num_experts, size=(int(repeats.sum()), top_k))
-        chosen[repeats] = np.sort(again, axis=1)
-    return chosen
 
 
 def group(run: xr.DataTree, name: str) -> xr.Dataset:
@@ -172,12 +76,7 @@ def dead_experts(run: xr.DataTree) -> xr.DataArray:
     Warns where the mean load is too small to tell.
     """
     load = validation_load(run)
-    if float(load.mean()) < ENOUGH_TOKENS:
-        warnings.warn(
-            f"the mean validation load is {float(load.mean()):.0f} tokens; under "
-            f"{ENOUGH_TOKENS} a live expert may look dead.",
-            stacklevel=2,
-        )
+    warn_if_few(float(load.mean()), "validation", stacklevel=3)
     return over_experts(dead_fraction, load).assign_attrs(long_name="dead experts", units="1")
 
 

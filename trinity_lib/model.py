@@ -168,8 +168,10 @@ class Block(nn.Module):
     ) -> tuple[Tensor, Routing]:
         assert self.router is not None and self.experts is not None
         x_TD = x_BSD.flatten(0, 1)
-        routing = self.router(x_TD, select, experts_TK)
-        y_BSD = self.experts(x_TD, routing).view_as(x_BSD)
+        routing = taken = self.router(x_TD, select, experts_TK)
+        if routing.ragged:  # an empty place weighs nothing, whichever expert fills it
+            taken = routing._replace(experts_TK=routing.experts_TK.clamp(min=0))
+        y_BSD = self.experts(x_TD, taken).view_as(x_BSD)
         return (y_BSD if self.shared is None else y_BSD + self.shared(x_BSD)), routing
 
 

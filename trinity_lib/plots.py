@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
-from trinity_lib import metrics
+from trinity_lib import loads, metrics
 from trinity_lib.metrics import group
 
 SMOOTH = 20
@@ -125,8 +125,8 @@ def experts_in_use(run: xr.DataTree) -> Figure:
     """Dead and effective experts of every layer over a window long enough to tell."""
     load = metrics.rolling_load(run)
     figure, axes = _figure(2, width=9, height=5.5)
-    dead = metrics.over_experts(metrics.dead_fraction, load)
-    used = metrics.over_experts(metrics.effective_experts, load)
+    dead = loads.over_experts(loads.dead_fraction, load)
+    used = loads.over_experts(loads.effective_experts, load)
     _per_layer(axes[0], 100 * dead, smooth=1)
     _per_layer(axes[1], used, smooth=1)
     experts = metrics.router_of(run)[0]

@@ -32,14 +32,17 @@ def counted(items: Iterable[Item], what: str, unit: str) -> Iterator[Item]:
 class Progress:
     """Counts steps; call `step` after each, `note` for what should stay on the screen."""
 
-    def __init__(self, total: int, every: int, name: str, done: int = 0) -> None:
+    def __init__(
+        self, total: int, every: int, name: str, done: int = 0, unit: str = "step"
+    ) -> None:
+        self.unit = unit
         self.total, self.every, self.done, self.before = total, every, done, done
         self.begun = time.monotonic()
         terminal = sys.stderr.isatty()
-        self.bar = tqdm(total=total, desc=name, unit="step", initial=done) if terminal else None
+        self.bar = tqdm(total=total, desc=name, unit=unit, initial=done) if terminal else None
         if self.bar is None:
-            begun = f", from step {done}" if done else ""
-            print(f"{name}: {total} steps{begun}", flush=True)
+            begun = f", from {unit} {done}" if done else ""
+            print(f"{name}: {total} {unit}s{begun}", flush=True)
 
     @property
     def seconds(self) -> float:
@@ -55,9 +58,14 @@ class Progress:
         elif self.done % self.every == 0 or self.done == self.total:
             pace = self.seconds / (self.done - self.before)
             left = pace * (self.total - self.done)
-            count = f"step {self.done:>{len(str(self.total))}}/{self.total}"
+            count = f"{self.unit} {self.done:>{len(str(self.total))}}/{self.total}"
             print(
-                count, *facts, f"{pace:.2f} s/step", f"{left:.0f} s left", sep="  ", flush=True
+                count,
+                *facts,
+                f"{pace:.2f} s/{self.unit}",
+                f"{left:.0f} s left",
+                sep="  ",
+                flush=True,
             )
 
     def note(self, text: str) -> None:

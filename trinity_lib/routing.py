@@ -11,7 +11,7 @@ from trinity_lib.config import check, require
 from trinity_lib.linear import products
 
 Select = Callable[[Tensor, int], Tensor]
-"""(scores_TE, MoE layer) -> ranking_TE: a balancer's `select`."""
+"""(scores_TE, MoE layer) -> ranking_TE, or experts_TK (-1: none): a balancer's `select`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +49,8 @@ class Routing(NamedTuple):
     """Chosen experts, int64, best first."""
     weights_TK: Tensor
     """What each chosen expert's output is multiplied by; normalised, sums to route_scale."""
+    ragged: bool = False
+    """Whether tokens may have unlike numbers of experts: -1, of weight 0, fills up."""
 
 
 class Router(nn.Module):
@@ -80,13 +82,15 @@ class Router(nn.Module):
             (logits_TE,) = products(x_TD.to(precise), weight_ED, few=self.native)
             sigmoid = self.config.score == "sigmoid"
             scores_TE = logits_TE.sigmoid() if sigmoid else logits_TE.softmax(-1)
+        ragged = False
         if experts_TK is None:
             with torch.no_grad():
-                ranking_TE = (
-                    select(scores_TE, self.layer) if select else scores_TE + self.bias_E
-                )
-                experts_TK = ranking_TE.topk(self.config.top_k, dim=-1).indices
-        weights_TK = scores_TE.gather(-1, experts_TK)
+                ranked = select(scores_TE, self.layer) if select else scores_TE + self.bias_E
+                ragged = not ranked.is_floating_point()
+                experts_TK = ranked if ragged else ranked.topk(self.config.top_k, -1).indices
+        weights_TK = scores_TE.gather(-1, experts_TK.clamp(min=0) if ragged else experts_TK)
+        if ragged:
+            weights_TK = weights_TK * (experts_TK >= 0)
         if self.config.normalise:
             weights_TK = weights_TK / (weights_TK.sum(-1, keepdim=True) + 1e-20)
-        return Routing(scores_TE, experts_TK, weights_TK * self.config.route_scale)
+        return Routing(scores_TE, experts_TK, weights_TK * self.config.route_scale, ragged)

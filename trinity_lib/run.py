@@ -48,6 +48,8 @@ class RunConfig:
     """Steps between evaluations; the end of every phase is evaluated too."""
     record_every: int = 1
     """Steps between records of every expert's count and bias."""
+    probe_tokens: int = 1024
+    """Held-out tokens whose routing is looked at in every evaluation, about."""
     record_choices: bool = False
     """Record every token's chosen experts at every step, for replays."""
     checkpoint_every: int = 100
@@ -78,7 +80,15 @@ class RunConfig:
         fits = not self.record_choices or self.model.router.num_experts < 2**15
         require(fits, "record_choices", True, "false above 32,767 experts: stored as int16")
         require(len(self.phases) > 0, "phases", self.phases, "at least one phase")
-        counts = ("micro_batches", "evaluate_every", "record_every", "log_every")
+        ragged = self.record_choices and self.balance.method == "expert_choice"
+        require(not ragged, "record_choices", True, "false under balance expert_choice: ragged")
+        counts = (
+            "micro_batches",
+            "probe_tokens",
+            "evaluate_every",
+            "record_every",
+            "log_every",
+        )
         for name in (*counts, "checkpoint_every", "keep"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         require(self.z_loss >= 0, "z_loss", self.z_loss, "zero or more")

@@ -2,7 +2,7 @@
 
 from typing import NamedTuple
 
-SCHEMA_VERSION = "2"
+SCHEMA_VERSION = "3"
 
 
 class Variable(NamedTuple):
@@ -21,6 +21,7 @@ class Variable(NamedTuple):
 _STEP, _LAYER = ("step",), ("step", "layer")
 _EXPERT, _DOMAIN = ("step", "layer", "expert"), ("step", "split", "domain")
 _CHOICE = ("step", "layer", "token", "choice")
+_PROBE = ("step", "layer", "probe_token", "choice")
 
 SCHEMA: dict[str, dict[str, Variable]] = {
     "train": {
@@ -56,6 +57,26 @@ SCHEMA: dict[str, dict[str, Variable]] = {
             _CHOICE, "i2", "1", "expert chosen, by position in the step's batch; -1 for none"
         ),
     },
+    "probe": {
+        "router_entropy": Variable(
+            _LAYER, "f8", "1", "mean entropy of a token's scores, share of ln(experts)"
+        ),
+        "mutual_information": Variable(
+            _LAYER, "f8", "bit", "information of a token's scores about its expert"
+        ),
+        "override": Variable(
+            _LAYER, "f8", "1", "share of choices that are not the bias-free top-k's"
+        ),
+        "score_price": Variable(
+            _LAYER, "f8", "1", "scores of the chosen over those of the bias-free top-k"
+        ),
+        "churn": Variable(
+            _LAYER, "f8", "1", "share of choices that changed since the last evaluation"
+        ),
+        "churn_by_weights": Variable(_LAYER, "f8", "1", "churn owed to the weights"),
+        "churn_by_bias": Variable(_LAYER, "f8", "1", "churn owed to the bias"),
+        "expert": Variable(_PROBE, "i4", "1", "expert chosen by a probe token, best first"),
+    },
     "evaluation": {
         "loss": Variable(_DOMAIN, "f8", "nat", "cross entropy per token"),
         "bits_per_byte": Variable(_DOMAIN, "f8", "bit", "cross entropy per byte of text"),
@@ -76,10 +97,108 @@ SCHEMA: dict[str, dict[str, Variable]] = {
 /choices is written where a run was asked to record its choices.
 """
 
-_MADE = ("tokens", "routing")
+_TRIAL, _TRIAL_LAYER = ("trial",), ("trial", "trial_layer")
+_TIME = (*_TRIAL, "time")
+_MADE, _TOKEN = ("tokens", "routing"), ("probe_token",)
 _TIMED = ("backend", *_MADE, "direction", "repetition")
 
 TABLES: dict[str, dict[str, Variable]] = {
+    "probe_tokens": {
+        "token": Variable(_TOKEN, "i8", "1", "token of the probe"),
+        "next": Variable(_TOKEN, "i8", "1", "the token after it; -1 at a document's end"),
+        "domain_number": Variable(_TOKEN, "i8", "1", "number of its domain, from 0"),
+    },
+    "trials": {
+        "key": Variable(_TRIAL, "str", "1", "the run, the same for the same run"),
+        "part": Variable(_TRIAL, "str", "1", "what the run is for"),
+        "axis": Variable(_TRIAL, "str", "1", "what is varied"),
+        "level": Variable(_TRIAL, "str", "1", "to what"),
+        "method": Variable(_TRIAL, "str", "1", "balancer"),
+        "rate": Variable(_TRIAL, "f8", "1", "step size or weight of the balancer"),
+        "seed": Variable(_TRIAL, "i8", "1", "seed of weights and data order"),
+        "status": Variable(_TRIAL, "str", "1", "complete, failed or missing"),
+        "reason": Variable(_TRIAL, "str", "1", "why it failed"),
+    },
+    "results": {
+        "loss": Variable(
+            (*_TRIAL, "trial_domain"), "f8", "nat", "validation loss per token at the end"
+        ),
+        "loss_chosen": Variable(
+            _TRIAL, "f8", "nat", "validation loss with the balancer's own choices"
+        ),
+        "loss_causal": Variable(
+            _TRIAL, "f8", "nat", "on the same rows, with top-k of score and stored bias"
+        ),
+        "leak": Variable(
+            _TRIAL_LAYER, "f8", "1", "share of tokens whose experts depend on later tokens"
+        ),
+        "seconds": Variable(_TRIAL, "f8", "s", "median wall time of a step"),
+        "floor": Variable(_TRIAL, "f8", "1", "MaxVio of uniform routing of a batch"),
+        "atom_floor": Variable(
+            _TRIAL, "f8", "1", "MaxVio where equal tokens take equal experts"
+        ),
+        "max_vio": Variable(_TRIAL_LAYER, "f8", "1", "MaxVio of a batch, last fifth of steps"),
+        "excess": Variable(_TRIAL_LAYER, "f8", "1", "MaxVio of a batch less its floor"),
+        "min_vio": Variable(_TRIAL_LAYER, "f8", "1", "MinVio of a batch, last fifth of steps"),
+        "max_vio_global": Variable(_TRIAL_LAYER, "f8", "1", "MaxVio of the validation text"),
+        "excess_global": Variable(
+            _TRIAL_LAYER, "f8", "1", "MaxVio of the validation text less its floor"
+        ),
+        "dead": Variable(_TRIAL_LAYER, "f8", "1", "share of experts dead on validation"),
+        "starved": Variable(_TRIAL_LAYER, "f8", "1", "share under a tenth of the mean load"),
+        "ever_dead": Variable(_TRIAL_LAYER, "f8", "1", "share of experts dead at some time"),
+        "rescue_time": Variable(
+            _TRIAL_LAYER, "f8", "step", "mean time until a dead expert is back; NaN: none was"
+        ),
+        "effective": Variable(_TRIAL_LAYER, "f8", "expert", "effective experts on validation"),
+        "gini": Variable(_TRIAL_LAYER, "f8", "1", "Gini coefficient of validation loads"),
+        "cv": Variable(_TRIAL_LAYER, "f8", "1", "CV of validation loads"),
+        "bias_range": Variable(_TRIAL_LAYER, "f8", "1", "highest less lowest selection bias"),
+        "oscillation": Variable(
+            _TRIAL_LAYER, "f8", "1", "spread of the detrended bias, last quarter of records"
+        ),
+        "override": Variable(_TRIAL_LAYER, "f8", "1", "share of choices owed to the bias"),
+        "score_price": Variable(_TRIAL_LAYER, "f8", "1", "scores chosen over best scores"),
+        "router_entropy": Variable(_TRIAL_LAYER, "f8", "1", "of a token's scores, normalised"),
+        "mutual_information": Variable(_TRIAL_LAYER, "f8", "bit", "of scores and expert"),
+        "churn": Variable(_TRIAL_LAYER, "f8", "1", "choices changed over the last quarter"),
+        "churn_by_weights": Variable(_TRIAL_LAYER, "f8", "1", "churn owed to the weights"),
+        "churn_by_bias": Variable(_TRIAL_LAYER, "f8", "1", "churn owed to the bias"),
+        "saturation": Variable(
+            _TRIAL_LAYER, "f8", "1", "final choices already made half-way through"
+        ),
+        "token_information": Variable(
+            _TRIAL_LAYER, "f8", "bit", "of expert and token id, above its permutation null"
+        ),
+        "domain_information": Variable(
+            _TRIAL_LAYER, "f8", "bit", "of expert and domain, above its permutation null"
+        ),
+        "vocabulary": Variable(
+            _TRIAL_LAYER, "f8", "1", "largest share of a token id, above its permutation null"
+        ),
+        "co_activation": Variable(
+            _TRIAL_LAYER, "f8", "1", "share of an expert's tokens with its closest partner"
+        ),
+        "loss_curve": Variable(_TIME, "f8", "nat", "training loss"),
+        "max_vio_curve": Variable(
+            (*_TIME, "trial_layer"), "f4", "1", "MaxVio of a batch over time"
+        ),
+        "dead_curve": Variable(
+            (*_TIME, "trial_layer"), "f4", "1", "share of dead experts, trailing window"
+        ),
+        "load": Variable(
+            (*_TRIAL_LAYER, "expert_rank"), "f4", "1", "validation load over the mean, sorted"
+        ),
+    },
+    "claims": {
+        "statement": Variable(("claim",), "str", "1", "what is said"),
+        "statistic": Variable(("claim",), "str", "1", "what was measured"),
+        "estimate": Variable(("claim",), "f8", "1", "its mean over seeds"),
+        "low": Variable(("claim",), "f8", "1", "lower end of its 95% interval"),
+        "high": Variable(("claim",), "f8", "1", "upper end of its 95% interval"),
+        "seeds": Variable(("claim",), "i8", "1", "seeds it rests on"),
+        "verdict": Variable(("claim",), "str", "1", "supported, not supported or undecided"),
+    },
     "agreement": {
         "error": Variable(
             ("backend", *_MADE, "quantity"),
@@ -101,4 +220,8 @@ TABLES: dict[str, dict[str, Variable]] = {
         ),
     },
 }
-"""Groups without a step, of runs that measure kernels: each is written whole."""
+"""Groups without a step: each is written whole.
+
+/probe_tokens is a training run's; /trials, /results and /claims are a study's, whose layers
+count from the first MoE layer; /agreement and /speed are those of a run that measures kernels.
+"""

@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,12 +14,14 @@ import torch
 
 from trinity_lib import (
     balance,
+    balancers,
     checkpoint,
     data,
     disk,
     evaluate,
     hub,
     optim,
+    probe,
     replay,
     resume,
     rows,
@@ -38,6 +40,8 @@ from trinity_lib.tokenizer import Vocabulary
 
 REMEMBERED_LOSSES = 50
 """Losses that the guard against jumps looks back on."""
+BALANCER, LOOKED = "balancer.", "looked."
+"""What names of tensors in a checkpoint begin with."""
 
 
 @dataclass
@@ -52,6 +56,7 @@ class Session:
     optimizers: list[torch.optim.Optimizer]
     rows: rows.Rows
     held_out: dict[str, evaluate.Domain]
+    probed: probe.Probe
     vocabulary: Vocabulary
     choices: replay.Choices | None
     writer: Writer
@@ -60,6 +65,8 @@ class Session:
     tokens: int = 0
     flushed: float = 0.0
     losses: list[float] = field(default_factory=list)
+    looked: probe.Look | None = None
+    """The last look at the probe."""
 
 
 def start(config: RunConfig, runs: Path, cache: Path, *, resumes: bool = False) -> Session:
@@ -106,20 +113,21 @@ def _build(config: RunConfig, claim: Claim, cache: Path) -> Session:
         require(bool(phase.mixture), "phase.mixture", phase.mixture, "shares by domain")
         stream.mix(phase.mixture)
     held_out = _held_out(config, loaded)
+    probed = probe.choose(held_out, config.probe_tokens)
 
     model = new_model(config, loaded.vocabulary) if latest is None else _loaded(config, latest)
     optimizers = optim.build(model, config.optim)
     _require_space(config, claim.folder, model, optimizers)
-    layers, experts = config.model.moe_layers, config.model.router.num_experts
-    balancer = balance.build(config.balance, len(layers), experts, config.device)
+    balancer = new_balancer(config)
     balancer.bias_LE = torch.stack([router.bias_E for router in model.routers()]).clone()
     writer = Writer(
         claim.folder,
         {**_attributes(config, loaded, claim.begun), **facts},
-        _coordinates(config, list(held_out)),
+        _coordinates(config, list(held_out), int(probed.valid_T.sum())),
         claim=claim,
         resume_at=step if claim.begun else None,
     )
+    writer.table("probe_tokens", probed.table)
     session = Session(
         config=config,
         model=model,
@@ -128,6 +136,7 @@ def _build(config: RunConfig, claim: Claim, cache: Path) -> Session:
         optimizers=optimizers,
         rows=rows.Rows(stream, config.data.sequence_length, config.data.rsdb, config.seed),
         held_out=held_out,
+        probed=probed,
         vocabulary=loaded.vocabulary,
         choices=choices,
         writer=writer,
@@ -138,6 +147,19 @@ def _build(config: RunConfig, claim: Claim, cache: Path) -> Session:
     for warning in (*loaded.warnings, *_fallback(config)):
         warnings.warn(warning, stacklevel=4)
     return session
+
+
+def new_balancer(config: RunConfig) -> balance.Balancer:
+    """The run's balancer before its first step."""
+    return balancers.build(
+        config.balance,
+        num_layers=len(config.model.moe_layers),
+        num_experts=config.model.router.num_experts,
+        top_k=config.model.router.top_k,
+        vocab_size=config.model.vocab_size,
+        seed=config.seed,
+        device=config.device,
+    )
 
 
 def new_model(config: RunConfig, vocabulary: Vocabulary | None = None) -> Trinity:
@@ -158,12 +180,15 @@ def state_of(session: Session) -> State:
     """What a checkpoint holds beside the weights, so that `start` can go on to the bit."""
     facts, tokens, ends = session.rows.state()
     tensors = {
-        "balancer.bias": session.balancer.bias_LE,
-        "balancer.momentum": session.balancer.momentum_LE,
+        **{f"{BALANCER}{k}": v for k, v in session.balancer.state().items()},
         "rows.tokens": torch.from_numpy(tokens.astype(np.int32)),
         "rows.ends": torch.from_numpy(ends),
         **optim.state_tensors(session.model, session.optimizers),
     }
+    if session.looked is not None:  # churn is counted from one look to the next
+        tensors |= {
+            f"{LOOKED}{k}": torch.from_numpy(v) for k, v in session.looked._asdict().items()
+        }
     counters = {"step": session.step, "tokens": session.tokens}
     losses = session.losses[-REMEMBERED_LOSSES:]
     return State({**counters, "losses": losses, "rows": facts}, tensors)
@@ -173,11 +198,17 @@ def _restore(session: Session, state: State) -> None:
     facts, tensors = state
     session.step, session.tokens = facts["step"], facts["tokens"]
     session.losses = list(facts["losses"])
-    session.balancer.bias_LE = tensors["balancer.bias"].to(session.config.device)
-    session.balancer.momentum_LE = tensors["balancer.momentum"].to(session.config.device)
+    session.balancer.load_state(under(BALANCER, tensors))
+    if looked := under(LOOKED, tensors):
+        session.looked = probe.Look(**{k: v.numpy() for k, v in looked.items()})
     unread, ends = tensors["rows.tokens"].numpy(), tensors["rows.ends"].numpy()
     session.rows.restore(facts["rows"], unread, ends)
     optim.load_state_tensors(session.model, session.optimizers, tensors)
+
+
+def under(prefix: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A checkpoint's tensors whose names begin with `prefix`, without it."""
+    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
 
 
 def _loaded(config: RunConfig, folder: Path) -> Trinity:
@@ -292,11 +323,12 @@ def _require_space(
     disk.require_space(folder, needed - there, what)
 
 
-def _coordinates(config: RunConfig, domains: list[str]) -> dict[str, Any]:
+def _coordinates(config: RunConfig, domains: list[str], probed: int) -> dict[str, Any]:
     return {
         "layer": list(config.model.moe_layers),
         "expert": np.arange(config.model.router.num_experts),
         "token": np.arange(most_tokens(config) if config.record_choices else 0),
+        "probe_token": np.arange(probed),
         "choice": np.arange(config.model.router.top_k),
         "split": ["validation"],
         "domain": domains,

@@ -4,10 +4,10 @@ import argparse
 import contextlib
 import math
 import os
-import statistics
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from statistics import fmean, median
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,7 +15,8 @@ import torch
 import xarray as xr
 from torch import Tensor
 
-from trinity_lib import checkpoint, disk, evaluate, metrics, optim, replay, resume, rows
+from trinity_lib import checkpoint, disk, evaluate, loads, optim, probe, replay, resume, rows
+from trinity_lib.balance import load
 from trinity_lib.config import Refusal, from_file, one_sentence, to_json
 from trinity_lib.data import IGNORE, Batch
 from trinity_lib.losses import token_loss
@@ -47,7 +48,7 @@ class StepResult(NamedTuple):
     grad_norm: float
     batch_tokens: int
     load_LE: Tensor
-    choices_LTK: Tensor
+    choices_LTK: Tensor | None
 
 
 class TrainingFailed(Refusal, RuntimeError):
@@ -97,7 +98,7 @@ def _step(session: Session, step: Step) -> None:
     result = optimiser_step(session, session.rows.batch(step.rows))
     session.step += 1
     _record(session, result, step, time.perf_counter() - begun)
-    max_vio = float(np.mean(metrics.max_vio(result.load_LE.cpu().numpy())))
+    max_vio = float(np.mean(loads.max_vio(result.load_LE.cpu().numpy())))
     session.progress.step(f"loss {result.loss:.3f}", f"MaxVio {max_vio:.2f}")
     if step.ends_phase or session.step % config.evaluate_every == 0:
         _evaluate(session)
@@ -151,13 +152,14 @@ def optimiser_step(session: Session, batch: Batch) -> StepResult:
     cross_entropy = z = balance_sum = 0.0
     means, choices = [], []
     load_LE = torch.zeros_like(balancer.bias_LE, dtype=torch.int64)
+    statistics = None
     held_LTK = _held(session, batch)
     for part in range(config.micro_batches):
         tokens_BS, targets_BS, documents_BS = (
             torch.from_numpy(piece).to(config.device)
             for piece in rows.share_of(batch, part, config.micro_batches)
         )
-        chosen = None
+        chosen = balancer.begin(tokens_BS, documents_BS)
         if held_LTK is not None:
             count = tokens_BS.numel()
             chosen = held_LTK[:, part * count : (part + 1) * count]
@@ -172,25 +174,30 @@ def optimiser_step(session: Session, batch: Batch) -> StepResult:
         z += loss.z.item()
         balance_sum += 0.0 if balance_loss is None else balance_loss.item()
         means.append(loss.cross_entropy.item() / max(1, int(loss.tokens)))
-        load_LE += balancer.observe(output.routing, documents_BS.flatten() >= 0)
-        choices.append(torch.stack([r.experts_TK for r in output.routing]))
+        valid_T = documents_BS.flatten() >= 0
+        load_LE += load(output.routing, valid_T)
+        observed = balancer.observe(output.routing, valid_T)
+        statistics = observed if statistics is None else statistics + observed
+        if config.record_choices:
+            choices.append(torch.stack([r.experts_TK for r in output.routing]))
     mean = cross_entropy / predicted
     _guard(session, mean)
     norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.optim.clip)
     for optimizer in session.optimizers:
         optimizer.step()
         optimizer.zero_grad()
-    balancer.update(load_LE)
+    assert statistics is not None  # there is at least one micro-batch
+    balancer.update(statistics)
     model.load_bias(balancer.bias_LE)
     return StepResult(
         loss=mean,
         z_loss=z / predicted,
         balance_loss=balance_sum / num_rows,
-        batch_het=max(means) - statistics.fmean(means),
+        batch_het=max(means) - fmean(means),
         grad_norm=float(norm),
         batch_tokens=int((batch.documents_BS >= 0).sum()),
         load_LE=load_LE,
-        choices_LTK=torch.cat(choices, dim=1),
+        choices_LTK=torch.cat(choices, dim=1) if choices else None,
     )
 
 
@@ -225,10 +232,10 @@ def _guard(session: Session, loss: float) -> None:
             f"the loss is {loss} at step {step}; lower the learning rate or the balance rate."
         )
     recent = session.losses[-REMEMBERED_LOSSES:]
-    if len(recent) >= 10 and loss > statistics.median(recent) + session.config.spike:
+    if len(recent) >= 10 and loss > median(recent) + session.config.spike:
         raise TrainingFailed(
             f"the loss jumped to {loss:.2f} at step {step}, from a median of "
-            f"{statistics.median(recent):.2f}; lower the learning rate or raise `spike` "
+            f"{median(recent):.2f}; lower the learning rate or raise `spike` "
             f"({session.config.spike} nats)."
         )
     session.losses.append(loss)
@@ -238,17 +245,17 @@ def _record(session: Session, result: StepResult, step: Step, seconds: float) ->
     session.tokens += result.batch_tokens
     load_LE = result.load_LE.cpu().numpy()
     bias_LE = session.balancer.bias_LE.float().cpu().numpy()
-    values = {k: v for k, v in result._asdict().items() if not isinstance(v, Tensor)}
+    values = {k: v for k, v in result._asdict().items() if isinstance(v, float | int)}
     values |= {"tokens": session.tokens, "learning_rate": step.share}
     values |= {"seconds": seconds, "phase": step.phase}
     session.writer.append("train", session.step, values)
-    entropy_L = metrics.load_entropy(load_LE)
+    entropy_L = loads.load_entropy(load_LE)
     session.writer.append(
         "layers",
         session.step,
         {
-            "max_vio": metrics.max_vio(load_LE),
-            "min_vio": metrics.min_vio(load_LE),
+            "max_vio": loads.max_vio(load_LE),
+            "min_vio": loads.min_vio(load_LE),
             "load_entropy": entropy_L,
             "effective_experts": np.exp(entropy_L),
             "bias_std": bias_LE.std(-1),
@@ -257,14 +264,18 @@ def _record(session: Session, result: StepResult, step: Step, seconds: float) ->
     )
     if session.step % session.config.record_every == 0:
         session.writer.append("routing", session.step, {"count": load_LE, "bias": bias_LE})
-    if session.config.record_choices:
+    if result.choices_LTK is not None:
         chosen = replay.padded(result.choices_LTK.cpu().numpy(), most_tokens(session.config))
         session.writer.append("choices", session.step, {"expert": chosen})
 
 
 def _evaluate(session: Session) -> None:
-    results = evaluate.domains(session.model, session.held_out)
+    model, fixed = session.model, session.balancer.fixed
+    results = evaluate.domains(model, session.held_out, fixed)
     session.writer.append("evaluation", session.step, results)
+    looked = probe.look(model, session.probed, fixed)
+    session.writer.append("probe", session.step, probe.values(looked, session.looked))
+    session.looked = looked
     session.progress.note(
         "  ".join(
             f"{name} {loss:.3f}"

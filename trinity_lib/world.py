@@ -169,6 +169,16 @@ def facts(rng: Random, persons: Sequence[Person], split: str, exposures: int = 6
     return _shuffled(rng, lives)
 
 
+def registry(rng: Random, persons: Sequence[Person], documents: int) -> list[str]:
+    """Documents of eight lines of a register: a name, and what is known of it, always alike.
+
+    Nothing of a line can be guessed, all of it can be stored, and every document of every
+    split tells of the same people: a model's loss here says how much it has stored.
+    """
+    lines = [f"{p.name}: {p.city}, {p.job}, {p.hobby}.\n" for p in persons]
+    return ["".join(_pick(rng, lines) for _ in range(8)) for _ in range(documents)]
+
+
 def _life(rng: Random, person: Person, split: str) -> str:
     attributes = _shuffled(rng, list(_TEMPLATES))[: 2 + rng.randrange(3)]
     sentences = []

@@ -1,0 +1,354 @@
+"""What a collapse study says: one row a trial, statements with intervals and verdicts.
+
+Every statement was written down before the study ran, with the statistic that decides it.
+The statistic is one number a seed, positive where the statement holds; its mean over seeds
+has a 95% t-interval, and the verdict follows from that interval alone.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+import pandas as pd
+import xarray as xr
+from scipy import stats
+
+from trinity_lib.schema import TABLES
+
+CLOSE = 0.005
+"""Losses within this share of a balancer's best count as its best."""
+CONFIDENCE = 0.95
+
+
+def table(described: Mapping[str, Any], results: Mapping[str, Any]) -> pd.DataFrame:
+    """One row a trial that has an outcome: what it is, and its results as single numbers.
+
+    Layers and domains are averaged; `first_max_vio` is the first MoE layer's. A trial that
+    diverged keeps its row, with NaN for results.
+    """
+    rows = pd.DataFrame({name: described[name] for name in TABLES["trials"]})
+    for name, variable in TABLES["results"].items():
+        if "time" in variable.dims or "expert_rank" in variable.dims:
+            continue
+        values = np.asarray(results[name], dtype=float)
+        if values.ndim > 1:
+            known = ~np.isnan(values)
+            total = np.where(known, values, 0.0).sum(1)
+            mean = total / np.maximum(known.sum(1), 1)
+            values = np.where(known.any(1), mean, np.nan)
+        rows[name] = values
+    rows["first_max_vio"] = np.asarray(results["max_vio"], dtype=float)[:, 0]
+    return rows[rows["status"] != "missing"].reset_index(drop=True)
+
+
+def of(study: xr.DataTree) -> pd.DataFrame:
+    """The table of a study's run."""
+    groups = {name: study[name].to_dataset() for name in ("trials", "results")}
+    return table(
+        {name: groups["trials"][name].values for name in TABLES["trials"]},
+        {name: groups["results"][name].values for name in TABLES["results"]},
+    )
+
+
+def best_rates(described: Mapping[str, Any], results: Mapping[str, Any]) -> dict[str, float]:
+    """Every balancer's best step size: of those whose loss on the grid's first seed is within
+    0.5% of its lowest, the one with the lowest MaxVio. The rule was fixed before any run."""
+    rows = table(described, results)
+    return _best(rows[(rows["part"] == "grid") & (rows["seed"] == 0)])
+
+
+def _best(tried: pd.DataFrame) -> dict[str, float]:
+    best = {}
+    for method, each in tried.dropna(subset=["loss", "excess"]).groupby("method"):
+        close = each[each["loss"] <= each["loss"].min() * (1 + CLOSE)]
+        best[str(method)] = float(close.loc[close["excess"].idxmin(), "rate"])
+    return best
+
+
+class Statement(NamedTuple):
+    """One statement and the statistic that decides it."""
+
+    text: str
+    """What is said."""
+    statistic: str
+    """What is measured, positive where it holds."""
+    measure: Callable[[pd.DataFrame], pd.Series]
+    """Table -> one number a seed."""
+
+
+def claims(described: Mapping[str, Any], results: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of /claims."""
+    rows = table(described, results)
+    judged = [judge(statement.measure(rows)) for statement in CLAIMS]
+    return {
+        "statement": [statement.text for statement in CLAIMS],
+        "statistic": [statement.statistic for statement in CLAIMS],
+        **{name: [getattr(j, name) for j in judged] for name in Judged._fields},
+    }
+
+
+class Judged(NamedTuple):
+    """Estimate, 95% interval and verdict."""
+
+    estimate: float
+    low: float
+    high: float
+    seeds: int
+    verdict: str
+
+
+def judge(values: pd.Series) -> Judged:
+    """`supported` where the interval is above 0, `not supported` where below, else undecided.
+
+    Without two seeds there is no interval and nothing is decided.
+    """
+    known = values.dropna().to_numpy(dtype=float)
+    count = len(known)
+    if count == 0:
+        return Judged(np.nan, np.nan, np.nan, 0, "undecided")
+    mean = float(known.mean())
+    if count == 1:
+        return Judged(mean, np.nan, np.nan, 1, "undecided")
+    half = float(stats.t.ppf((1 + CONFIDENCE) / 2, count - 1) * stats.sem(known))
+    low, high = mean - half, mean + half
+    verdict = "supported" if low > 0 else "not supported" if high < 0 else "undecided"
+    return Judged(mean, low, high, count, verdict)
+
+
+def finals(rows: pd.DataFrame, method: str, column: str) -> pd.Series:
+    """A balancer at its best step size, by seed: of the finals, or else the grid's own seed."""
+    chosen = rows[(rows["part"] == "finals") & (rows["method"] == method)]
+    if chosen.empty:
+        tried = rows[(rows["part"] == "grid") & (rows["seed"] == 0)]
+        best = _best(tried).get(method)
+        chosen = tried[(tried["method"] == method) & (tried["rate"] == best)]
+    return _by_seed(chosen, column)
+
+
+def _by_seed(rows: pd.DataFrame, column: str) -> pd.Series:
+    return rows.drop_duplicates("seed").set_index("seed")[column]
+
+
+def _level(
+    rows: pd.DataFrame, part: str, axis: str, level: str | int, column: str, method: str = ""
+) -> pd.Series:
+    """One level of an axis by seed; an integer counts the levels from the first or last."""
+    chosen = rows[(rows["part"] == part) & (rows["axis"] == axis)]
+    if method:
+        chosen = chosen[chosen["method"] == method]
+    if isinstance(level, int):
+        levels = chosen["level"].drop_duplicates().tolist()
+        if not levels:
+            return pd.Series(dtype=float)
+        level = levels[level]
+    return _by_seed(chosen[chosen["level"] == level], column)
+
+
+def _gap(
+    part: str, axis: str, high: str | int, low: str | int, column: str
+) -> Callable[[pd.DataFrame], pd.Series]:
+    """`column` at one level of an axis less at another, by seed."""
+
+    def measure(rows: pd.DataFrame) -> pd.Series:
+        return _level(rows, part, axis, high, column) - _level(rows, part, axis, low, column)
+
+    return measure
+
+
+def _worse(high: str, low: str, column: str, factor: float = 1.0) -> Callable:
+    """`factor` times `column` of one balancer at its best, less another's, by seed."""
+
+    def measure(rows: pd.DataFrame) -> pd.Series:
+        return factor * finals(rows, high, column) - finals(rows, low, column)
+
+    return measure
+
+
+def _curve(rows: pd.DataFrame, method: str, column: str) -> pd.DataFrame:
+    """A balancer over the grid: a row a seed, a column a step size."""
+    tried = rows[(rows["part"] == "grid") & (rows["method"] == method)]
+    return tried.pivot_table(index="seed", columns="rate", values=column, dropna=False)
+
+
+def _u_shape(rows: pd.DataFrame) -> pd.Series:
+    """The better end of the grid less the best inner step size, which other seeds choose."""
+    curve = _curve(rows, "loss_free", "excess")
+    if curve.shape[1] < 3:
+        return pd.Series(dtype=float)
+    ends, inner = curve.iloc[:, [0, -1]].min(axis=1), curve.iloc[:, 1:-1]
+    found = {}
+    for seed in curve.index:
+        others = inner.drop(seed) if len(inner) > 1 else inner
+        found[seed] = ends[seed] - inner.loc[seed, others.mean().idxmin()]
+    return pd.Series(found)
+
+
+def _robust(column: str) -> Callable[[pd.DataFrame], pd.Series]:
+    def measure(rows: pd.DataFrame) -> pd.Series:
+        sign, smebu = (_curve(rows, m, column) for m in ("sign", "smebu"))
+        return (sign - smebu).mean(axis=1)
+
+    return measure
+
+
+def _driven(rows: pd.DataFrame) -> pd.Series:
+    sign, smebu = (_curve(rows, m, "dead") for m in ("sign", "smebu"))
+    return (sign - smebu).iloc[:, -1] if sign.shape[1] else pd.Series(dtype=float)
+
+
+def _batch_gap(rows: pd.DataFrame) -> pd.Series:
+    def lead(level: int) -> pd.Series:
+        sign, smebu = (
+            _level(rows, "anatomy", "rows a batch", level, "excess", m)
+            for m in ("sign", "smebu")
+        )
+        return sign - smebu
+
+    return lead(-1) - lead(0)
+
+
+_DEAD, _VIO, _LOSS = "share of dead experts", "excess MaxVio", "validation loss, nat/token"
+
+CLAIMS = (
+    Statement(
+        "Without a balancer experts die that SMEBU keeps alive.",
+        f"{_DEAD}: none less smebu",
+        _worse("none", "smebu", "dead"),
+    ),
+    Statement(
+        "Collapse costs validation loss.",
+        f"{_LOSS}: none less smebu",
+        _worse("none", "smebu", "loss"),
+    ),
+    Statement(
+        "Sparsity drives collapse.",
+        f"{_DEAD} without a balancer: most experts less fewest, equal top-k",
+        _gap("causes", "experts", -1, 0, "dead"),
+    ),
+    Statement(
+        "A higher learning rate deepens collapse.",
+        f"{_DEAD} without a balancer: 3 x less 0.3 x the rate",
+        _gap("causes", "learning rate", -1, 0, "dead"),
+    ),
+    Statement(
+        "A small batch deepens collapse.",
+        f"{_DEAD} without a balancer: a quarter of the rows less four times",
+        _gap("causes", "rows a batch", 0, -1, "dead"),
+    ),
+    Statement(
+        "RSDB eases collapse.",
+        f"{_DEAD} without a balancer: packed in order less RSDB",
+        _gap("causes", "order", "packed in order", "RSDB", "dead"),
+    ),
+    Statement(
+        "Muon keeps more experts alive than AdamW.",
+        f"{_DEAD} without a balancer: AdamW less Muon",
+        _gap("causes", "optimiser", "AdamW", "Muon, idle experts rest", "dead"),
+    ),
+    Statement(
+        "Under Muon, experts that rest while idle die less.",
+        f"{_DEAD} without a balancer: idle experts move less rest",
+        _gap(
+            "causes", "optimiser", "Muon, idle experts move", "Muon, idle experts rest", "dead"
+        ),
+    ),
+    Statement(
+        "Leading dense layers ease the first MoE layer.",
+        "MaxVio of the first MoE layer without a balancer: no dense layer less two",
+        _gap("causes", "leading dense layers", 0, -1, "first_max_vio"),
+    ),
+    Statement(
+        "The uncentred sign update has a best step size (Wang et al. 2024, figure 4: a U).",
+        f"{_VIO} of loss_free: the better end of the grid less the best inner step size",
+        _u_shape,
+    ),
+    Statement(
+        "Loss-free beats the auxiliary loss in loss (Wang et al. 2024, table 2).",
+        f"{_LOSS}, each at its best: switch less loss_free",
+        _worse("switch", "loss_free", "loss"),
+    ),
+    Statement(
+        "Loss-free beats the auxiliary loss in balance (Wang et al. 2024, table 2).",
+        f"{_VIO}, each at its best: switch less loss_free",
+        _worse("switch", "loss_free", "excess"),
+    ),
+    Statement(
+        "Over the grid of step sizes SMEBU is better balanced than sign.",
+        f"{_VIO}, mean over the grid: sign less smebu",
+        _robust("excess"),
+    ),
+    Statement(
+        "Over the grid of step sizes SMEBU has the lower loss.",
+        f"{_LOSS}, mean over the grid: sign less smebu",
+        _robust("loss"),
+    ),
+    Statement(
+        "Driven too hard, sign kills more experts than SMEBU.",
+        f"{_DEAD} at the largest step size: sign less smebu",
+        _driven,
+    ),
+    Statement(
+        "At its best SMEBU is better balanced than sign at its own.",
+        f"{_VIO}: sign less smebu",
+        _worse("sign", "smebu", "excess"),
+    ),
+    Statement(
+        "At its best SMEBU has a lower loss than sign at its own.",
+        f"{_LOSS}: sign less smebu",
+        _worse("sign", "smebu", "loss"),
+    ),
+    Statement(
+        "Quantile balancing, untuned, is as balanced as tuned SMEBU, within a tenth.",
+        f"{_VIO}: 1.1 times smebu less quantile",
+        _worse("smebu", "quantile", "excess", 1.1),
+    ),
+    Statement(
+        "Quantile balancing, untuned, has a lower loss than tuned SMEBU.",
+        f"{_LOSS}: smebu less quantile",
+        _worse("smebu", "quantile", "loss"),
+    ),
+    Statement(
+        "A learned router has a lower loss than one fixed by a hash of the token.",
+        f"{_LOSS}: hash less smebu",
+        _worse("hash", "smebu", "loss"),
+    ),
+    Statement(
+        "Expert choice reads later tokens.",
+        "share of tokens whose experts change with later tokens",
+        lambda rows: finals(rows, "expert_choice", "leak"),
+    ),
+    Statement(
+        "Expert choice does worse where it may not.",
+        f"{_LOSS}: decoded causally less with its own choices",
+        lambda rows: (
+            finals(rows, "expert_choice", "loss_causal")
+            - finals(rows, "expert_choice", "loss_chosen")
+        ),
+    ),
+    Statement(
+        "SMEBU's momentum improves its balance.",
+        f"{_VIO} of smebu: beta 0 less beta 0.5",
+        _gap("anatomy", "beta", "0", "0.5", "excess"),
+    ),
+    Statement(
+        "SMEBU's soft clamp balances better than a nearly hard one.",
+        f"{_VIO} of smebu: kappa 8 less kappa 2",
+        _gap("anatomy", "kappa", "8", "2", "excess"),
+    ),
+    Statement(
+        "SMEBU's lead over sign grows with the batch.",
+        f"{_VIO}, sign less smebu: at four times the rows less at a quarter",
+        _batch_gap,
+    ),
+    Statement(
+        "SMEBU brings a collapsed router's dead experts back.",
+        f"{_DEAD} after as many steps again: gone on without less with smebu",
+        _gap("rescue", "rescue", "none", "smebu", "dead"),
+    ),
+    Statement(
+        "Quantile balancing brings back more of them than SMEBU.",
+        f"{_DEAD} after as many steps again: smebu less quantile",
+        _gap("rescue", "rescue", "smebu", "quantile", "dead"),
+    ),
+)
+"""All statements, in the order they are printed."""

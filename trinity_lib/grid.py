@@ -1,0 +1,373 @@
+"""The trials of a collapse study: which runs, and what each of them is for."""
+
+import dataclasses
+import inspect
+import os
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal, get_args
+
+from trinity_lib import launch
+from trinity_lib.attention import AttentionConfig
+from trinity_lib.balance import BalanceConfig
+from trinity_lib.config import check, convert, digest, override, require
+from trinity_lib.data import DataConfig
+from trinity_lib.model import ModelConfig
+from trinity_lib.optim import OptimConfig, Phase
+from trinity_lib.routing import RouterConfig
+from trinity_lib.run import RunConfig, require_common
+
+STEPPED = (
+    "smebu", "sign", "loss_free", "proportional", "switch", "sequence", "global", "phi",
+    "dropout",
+)  # fmt: skip
+"""Balancers with a step size or weight: all are tried over one grid."""
+UNTUNED = ("none", "quantile", "bip", "sinkhorn", "expert_choice", "hash")
+"""Those without."""
+CURVES = ("smebu", "sign", "loss_free", "switch")
+"""Whose whole grid is run with several seeds."""
+REFERENCE_RATE = 1e-2
+"""Step size of SMEBU and sign where something else is varied; fixed before any run."""
+_Axes = dict[str, dict[str, dict[str, Any]]]
+Part = Literal["balancers", "causes", "anatomy", "rescue"]
+Scale = Literal["toy", "small", "study"]
+RESCUERS = ("none", "smebu", "sign", "quantile", "switch")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StudyConfig:
+    """What a study runs. Finals begin at seed 1: 0 chose the step sizes, and judges none."""
+
+    scale: Scale
+    """Which model, text and number of steps."""
+    methods: tuple[str, ...] = (*STEPPED, *UNTUNED)
+    """Balancers."""
+    rates: tuple[float, ...]
+    """Step sizes that every balancer with one is tried at."""
+    seeds: int
+    """Seeds of every balancer at its best step size; 1: the grid's own seed, no finals."""
+    curve_seeds: int
+    """Seeds of the whole grid of the balancers in `CURVES`."""
+    axis_seeds: int
+    """Seeds of every cause, of SMEBU's parts and of rescues."""
+    parts: tuple[Part, ...] = get_args(Part)
+    """What is studied."""
+    steps: int
+    """Optimiser steps of a run."""
+    workers: int
+    """Processes, one CPU thread each."""
+    source: str = ""
+    """A study's run file, which is opened and nothing run."""
+    name: str = ""
+    """Name of the study; empty: collapse, scale and configuration hash."""
+
+    def __post_init__(self) -> None:
+        check(self)
+        require_common(self.name, 0, 1)
+        require(1 <= self.workers <= 1024, "workers", self.workers, "from 1 to 1024")
+        known = (*STEPPED, *UNTUNED)
+        for method in self.methods:
+            require(method in known, "methods", method, f"of {', '.join(known)}")
+        for name in ("methods", "rates", "parts"):
+            values = getattr(self, name)
+            right = "a list without repetitions, and not empty"
+            require(bool(values) and len(set(values)) == len(values), name, values, right)
+        positive = all(0 < rate < 1 for rate in self.rates)
+        require(positive, "rates", self.rates, "above 0 and below 1")
+        for name in ("seeds", "curve_seeds", "axis_seeds"):
+            require(1 <= getattr(self, name) <= 100, name, getattr(self, name), "from 1 to 100")
+        require(10 <= self.steps <= 100_000, "steps", self.steps, "from 10 to 100,000")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Trial:
+    """One run, in one of its roles: a run that serves several is trained once."""
+
+    part: str
+    """What it belongs to."""
+    axis: str
+    """What is varied."""
+    level: str
+    """To what."""
+    config: RunConfig
+    """The run; its first weights are the parent's, where it has one."""
+    parent: str = ""
+    """Key of the run whose last checkpoint it begins with."""
+
+    @property
+    def key(self) -> str:
+        """The same for the same run."""
+        return digest(self.config) + (f"-{self.parent}" if self.parent else "")
+
+
+def base(config: StudyConfig) -> RunConfig:
+    """The run that every trial is an edit of.
+
+    A router of 256 experts, top-4, after one dense layer, over BPE tokens, most of them of a
+    register that has to be stored, so that idle experts cost something; AdamW, the quicker
+    optimiser here; no sequence-wise loss beside the balancer.
+    """
+    toy, small = config.scale == "toy", config.scale == "small"
+    width, rows, length = (32, 8, 64) if toy else (64, 16, 128)
+    facts = {"facts": 0.6, "arithmetic": 0.4}
+    texts = {"code": 0.15, "prose": 0.15, "registry": 0.7}
+    return RunConfig(
+        scale=f"study-{config.scale}",
+        model=ModelConfig(
+            vocab_size=1024,
+            width=width,
+            num_layers=3,
+            num_dense_layers=1,
+            dense_width=width,
+            expert_width=8,
+            attention=AttentionConfig(num_heads=2, num_kv_heads=1, head_dim=16, window=32),
+            router=RouterConfig(
+                num_experts=32 if toy else 64 if small else 256,
+                top_k=2 if toy else 4,
+                route_scale=2.448,
+            ),
+        ),
+        data=DataConfig(
+            corpus="procedural" if toy else "registered",
+            sequence_length=length,
+            rsdb=32,
+            validation_rows=4 if toy else 32,
+        ),
+        balance=BalanceConfig(method="none", rate=0.0, sequence_loss=0.0),
+        optim=OptimConfig(optimizer="adamw", muon_rate=2e-2, adamw_rate=5e-3),
+        phases=(
+            Phase(
+                tokens=config.steps * rows * length,
+                batch=rows,
+                warmup=min(10, config.steps),
+                shape="cosine",
+                end=0.1,
+                mixture=facts if toy else texts,
+            ),
+        ),
+        micro_batches=2,
+        evaluate_every=max(1, config.steps // 4),
+        checkpoint_every=1_000_000,
+        log_every=1_000_000,
+        probe_tokens=512 if toy else 4096,
+        record_every=max(1, config.steps // 80),
+    )
+
+
+def first_wave(config: StudyConfig) -> list[Trial]:
+    """What needs no result: the grid, causes, and SMEBU taken apart."""
+    trials: list[Trial] = []
+    if "balancers" in config.parts:
+        trials += _grid(config)
+    if "causes" in config.parts:
+        trials += _causes(config)
+    if "anatomy" in config.parts:
+        trials += _anatomy(config)
+    if "rescue" in config.parts:
+        trials += [_parent(config, seed) for seed in axis_seeds(config)]
+    return trials
+
+
+def second_wave(config: StudyConfig, best: Mapping[str, float]) -> list[Trial]:
+    """Finals at each balancer's `best` step size over fresh seeds, and rescues."""
+    trials: list[Trial] = []
+    if "balancers" in config.parts and config.seeds > 1:
+        for method in config.methods:
+            rate = best.get(method, 0.0)
+            for seed in range(1, config.seeds + 1):
+                trials.append(_trial(config, "finals", method, method, rate, seed))
+    if "rescue" in config.parts:
+        trials += _rescues(config)
+    return trials
+
+
+def axis_seeds(config: StudyConfig) -> range:
+    """Seeds of what is varied beside the grid; those of the finals where there are any."""
+    first = 1 if config.seeds > 1 else 0
+    return range(first, first + config.axis_seeds)
+
+
+def _trial(
+    config: StudyConfig, part: str, level: str, method: str, rate: float, seed: int,
+    axis: str = "balancer", **changes: Any,
+) -> Trial:  # fmt: skip
+    edits = {"balance.method": method, "balance.rate": rate, "seed": seed}
+    edits |= {name.replace("__", "."): value for name, value in changes.items()}
+    return Trial(part=part, axis=axis, level=level, config=override(base(config), edits))
+
+
+def _grid(config: StudyConfig) -> list[Trial]:
+    trials = []
+    for method in config.methods:
+        seeds = config.curve_seeds if method in CURVES else 1
+        for rate in config.rates if method in STEPPED else (0.0,):
+            for seed in range(seeds if method in STEPPED else 1):
+                trials.append(_trial(config, "grid", f"{rate:g}", method, rate, seed))
+    return trials
+
+
+def _causes(config: StudyConfig) -> list[Trial]:
+    """Without a balancer, one thing moved at a time."""
+    model, optim, phase = base(config).model, base(config).optim, base(config).phases[0]
+    few = max(2 * model.router.top_k, model.router.num_experts // 16)
+    axes: _Axes = {
+        "experts": {
+            str(n): {"model__router__num_experts": n}
+            for n in (few, model.router.num_experts // 4, model.router.num_experts)
+        },
+        "learning rate": {
+            f"{f:g} x": {"optim__adamw_rate": f * optim.adamw_rate} for f in (0.3, 1, 3)
+        },
+        "rows a batch": {
+            str(rows): {"phases": (_with_batch(phase, rows),)}
+            for rows in (phase.batch // 4, phase.batch, 4 * phase.batch)
+        },
+        "order": {"packed in order": {"data__rsdb": 0}, "RSDB": {}},
+        "optimiser": {
+            "AdamW": {},
+            "Muon, idle experts rest": {"optim__optimizer": "muon"},
+            "Muon, idle experts move": {
+                "optim__optimizer": "muon", "optim__idle_experts": "move",
+            },
+        },
+        "leading dense layers": {
+            str(n): {"model__num_dense_layers": n, "model__num_layers": n + 2}
+            for n in (0, 1, 2)
+        },
+    }  # fmt: skip
+    return _varied(config, "causes", axes, ("none",))
+
+
+def _anatomy(config: StudyConfig) -> list[Trial]:
+    """SMEBU with one part changed at a time, and beside sign over the batch's size."""
+    phase = base(config).phases[0]
+    alone: _Axes = {
+        "kappa": {f"{k:g}": {"balance__kappa": k} for k in (0.5, 2.0, 8.0)},
+        "beta": {f"{b:g}": {"balance__beta": b} for b in (0.0, 0.5, 0.9)},
+        "centring": {"on": {}, "off": {"balance__centre": False}},
+    }
+    batches: _Axes = {
+        "rows a batch": {
+            str(rows): {"phases": (_with_batch(phase, rows),)}
+            for rows in (phase.batch // 4, phase.batch, 4 * phase.batch)
+        }
+    }
+    smebu = _varied(config, "anatomy", alone, ("smebu",))
+    return smebu + _varied(config, "anatomy", batches, ("smebu", "sign"))
+
+
+def _varied(
+    config: StudyConfig,
+    part: str,
+    axes: _Axes,
+    methods: Iterable[str],
+) -> list[Trial]:
+    return [
+        _trial(
+            config, part, level, method, 0.0 if method == "none" else REFERENCE_RATE, seed,
+            axis=axis, **changes,
+        )
+        for seed in axis_seeds(config)
+        for axis, levels in axes.items()
+        for level, changes in levels.items()
+        for method in methods
+    ]  # fmt: skip
+
+
+def _parent(config: StudyConfig, seed: int) -> Trial:
+    return _trial(config, "rescue", "before", "none", 0.0, seed, axis="rescue")
+
+
+def _rescues(config: StudyConfig) -> list[Trial]:
+    """A collapsed run gone on with under another balancer, at half its peak rate."""
+    trials = []
+    for seed in axis_seeds(config):
+        parent = _parent(config, seed).key
+        for method in RESCUERS:
+            rate = REFERENCE_RATE if method in STEPPED else 0.0
+            trial = _trial(
+                config, "rescue", method, method, rate, seed, axis="rescue",
+                optim__adamw_rate=base(config).optim.adamw_rate / 2,
+            )  # fmt: skip
+            trials.append(dataclasses.replace(trial, parent=parent))
+    return trials
+
+
+def _with_batch(phase: Phase, rows: int) -> Phase:
+    """As many steps, of another batch."""
+    tokens = phase.tokens // phase.batch * rows
+    return dataclasses.replace(phase, tokens=tokens, batch=rows)
+
+
+_SCALES: dict[str, dict[str, Any]] = {
+    "toy": {
+        "rates": (1e-2,), "seeds": 1, "curve_seeds": 1, "axis_seeds": 1, "steps": 30,
+    },
+    "small": {
+        "rates": (1e-3, 1e-2, 1e-1), "seeds": 2, "curve_seeds": 1, "axis_seeds": 1,
+        "steps": 100,
+    },
+    "study": {
+        "rates": (1e-3, 3e-3, 1e-2, 3e-2, 1e-1), "seeds": 5, "curve_seeds": 3, "axis_seeds": 3,
+        "steps": 300,
+    },
+}  # fmt: skip
+
+
+def configure(
+    *,
+    scale: str = "toy",
+    methods: str = "",
+    rates: str = "",
+    seeds: int | None = None,
+    steps: int | None = None,
+    parts: str = "",
+    workers: int | None = None,
+    source: str = "",
+    name: str = "",
+) -> StudyConfig:
+    """The study that a notebook's parameters describe.
+
+    Empty and None take the scale's own. A Refusal, one sentence, for a parameter that is
+    unknown to this call (papermill only warns of it), of another type or out of range.
+    """
+    launch.refuse_unknown(inspect.signature(configure).parameters)
+    own = _SCALES[convert(Scale, scale, "scale")]
+    given: dict[str, Any] = {
+        "methods": tuple(launch.listed(methods)),
+        "rates": tuple(convert(float, r, "rates") for r in launch.listed(rates)),
+        "parts": tuple(convert(Part, p, "parts") for p in launch.listed(parts)),
+        "seeds": seeds,
+        "steps": steps,
+    }
+    chosen = {key: value for key, value in given.items() if value not in ((), None)}
+    if convert(str, source, "source"):
+        chosen["source"] = str(launch.located("source", source))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    config = StudyConfig(
+        **{
+            "scale": scale,
+            "workers": cores if workers is None else workers,
+            "name": name,
+            **own,
+            **chosen,
+        }
+    )
+    if config.name:
+        return config
+    alike = dataclasses.replace(config, workers=1)  # how many at once changes no result
+    return dataclasses.replace(config, name=f"collapse-{scale}-{digest(alike)}")
+
+
+def describe(config: StudyConfig) -> str:
+    """One line on what is about to run."""
+    if config.source:
+        return f"drawn from {config.source}"
+    model, phase = base(config).model, base(config).phases[0]
+    unknown = dict.fromkeys(STEPPED, 0.5)  # of no grid: no final is a run of the grid
+    first, second = first_wave(config), second_wave(config, unknown)
+    runs = len({trial.key for trial in first + second})
+    return (
+        f"{config.name}: at most {runs} runs of {config.steps} steps of {phase.batch} x "
+        f"{base(config).data.sequence_length} tokens, {model.router.num_experts} experts, "
+        f"top-{model.router.top_k}, {config.workers} at a time"
+    )

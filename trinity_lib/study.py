@@ -1,0 +1,288 @@
+"""Many runs as independent processes: a grid of trials, resumable, gathered into one file.
+
+python -m trinity_lib.study --config F            # StudyConfig as JSON
+"""
+
+import argparse
+import ctypes
+import dataclasses
+import hashlib
+import multiprocessing
+import os
+import signal
+import sys
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xarray as xr
+
+from trinity_lib import data, findings, grid, trial
+from trinity_lib.config import (
+    BadValue,
+    Refusal,
+    differences,
+    from_file,
+    from_json,
+    one_sentence,
+    to_json,
+)
+from trinity_lib.grid import StudyConfig, Trial
+from trinity_lib.outcome import TIMES
+from trinity_lib.progress import Progress
+from trinity_lib.record import ENGINE, Claim, Writer, open_run, provenance, read_attributes
+from trinity_lib.run import RunConfig
+from trinity_lib.schema import TABLES
+from trinity_lib.train import CACHE, RUNS
+
+GATHER_EVERY = 20
+"""Finished trials between two writings of what is known so far."""
+
+
+class WorkerDied(Refusal, RuntimeError):
+    """A worker process was killed; what is finished stays, and running again goes on."""
+
+
+def study(config: StudyConfig, *, runs: Path = RUNS, cache: Path = CACHE) -> xr.DataTree:
+    """Run what is not done yet and return the study, which is also a file in `runs`.
+
+    A study that was cut off goes on with the trials that it has no outcome of; one that is
+    complete is opened. Raises BadValue where its name is another study's.
+    """
+    if config.source:
+        return _study_in(Path(config.source))
+    folder = runs / config.name
+    if folder.with_suffix(".nc").is_file():
+        return _complete(folder.with_suffix(".nc"), config)
+    begun = (folder / "run.json").is_file()
+    if begun:
+        _require_same(config, from_json(StudyConfig, read_attributes(folder)["config"]))
+    claim = Claim(folder, resume=begun)
+    try:
+        domains = _prepare(config, cache)
+        writer = Writer(
+            folder,
+            _attributes(config),
+            _coordinates(config, domains),
+            claim=claim,
+            resume_at=0 if begun else None,
+        )
+    except BaseException:
+        claim.release()
+        raise
+    try:
+        _Study(config, writer, cache).run()
+        return open_run(writer.close("complete"))
+    except BaseException as error:
+        reason = (
+            str(error) if isinstance(error, Refusal) else f"{type(error).__name__}: {error}"
+        )
+        writer.close("failed", reason)
+        raise
+
+
+class _Study:
+    """A study while it lasts."""
+
+    def __init__(self, config: StudyConfig, writer: Writer, cache: Path) -> None:
+        self.config, self.writer, self.cache = config, writer, cache
+        self.folder = writer.folder / "trials"
+        self.folder.mkdir(exist_ok=True)
+        self.outcomes: dict[str, xr.Dataset] = {}
+        self.first = grid.first_wave(config)
+        self.kept = {t.parent for t in grid.second_wave(config, {}) if t.parent}
+
+    def run(self) -> None:
+        """Both waves; what is known is on the disk now and then, and at the end."""
+        self._execute(self.first)
+        best = findings.best_rates(*self._tables(self.first))
+        trials = self.first + grid.second_wave(self.config, best)
+        self._execute(trials)
+        self._gather(trials)
+        self.writer.annotate(best_rates=best)
+        for key in self.kept:
+            trial.clear(key, self.folder)
+
+    def _execute(self, trials: list[Trial]) -> None:
+        todo = self._todo(trials)
+        if not todo:
+            return
+        name, total = self.config.name, len({t.key for t in trials})
+        bar = Progress(total, max(1, total // 20), name, total - len(todo), unit="run")
+        workers = min(self.config.workers, len(todo))
+        context = multiprocessing.get_context("spawn")
+        pool = ProcessPoolExecutor(workers, context, _begin, (str(self.writer.folder),))
+        try:
+            futures = {pool.submit(trial.run, *self._call(t)): t for t in todo}
+            for done, future in enumerate(as_completed(futures), 1):
+                future.result()
+                bar.step(futures[future].part, futures[future].config.balance.method)
+                if done % GATHER_EVERY == 0:
+                    self._gather(trials)
+        except BrokenProcessPool as error:
+            raise WorkerDied(
+                f"A worker of study {name!r} was killed, probably for want of memory; run it "
+                f"again to go on, with fewer workers than {workers}."
+            ) from error
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+            bar.close()
+
+    def _todo(self, trials: Iterable[Trial]) -> list[Trial]:
+        """Trials without an outcome, once each, the longest first."""
+        missing = {t.key: t for t in trials if not self._done(t.key)}
+        return sorted(missing.values(), key=lambda t: -t.config.phases[0].tokens)
+
+    def _done(self, key: str) -> bool:
+        whole = (self.folder / f"{key}.nc").is_file()
+        return whole and (key not in self.kept or self._checkpoint(key).is_dir())
+
+    def _checkpoint(self, key: str) -> Path:
+        return self.folder / "work" / key / trial.STAGE
+
+    def _call(self, one: Trial) -> tuple[str, RunConfig, Path, Path, bool]:
+        config = one.config
+        if one.parent:
+            config = dataclasses.replace(config, init=str(self._checkpoint(one.parent)))
+        return one.key, config, self.folder, self.cache, one.key in self.kept
+
+    def _tables(self, trials: list[Trial]) -> tuple[dict[str, Any], dict[str, Any]]:
+        for key in {t.key for t in trials} - set(self.outcomes):
+            if (self.folder / f"{key}.nc").is_file():
+                with xr.open_dataset(self.folder / f"{key}.nc", engine=ENGINE) as opened:
+                    self.outcomes[key] = opened.load()
+        return gathered(trials, self.outcomes, self.writer.coordinates)
+
+    def _gather(self, trials: list[Trial]) -> None:
+        described, results = self._tables(trials)
+        self.writer.table("trials", described)
+        self.writer.table("results", results)
+        self.writer.table("claims", findings.claims(described, results))
+        self.writer.flush()
+
+
+def gathered(
+    trials: list[Trial], outcomes: Mapping[str, xr.Dataset], labels: Mapping[str, np.ndarray]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The values of /trials and /results; NaN where a trial has no outcome or no such value."""
+    count = len(labels["trial"])
+    rows: dict[str, list[Any]] = {name: [] for name in TABLES["trials"]}
+    results = {
+        name: np.full([len(labels[d]) for d in variable.dims], np.nan)
+        for name, variable in TABLES["results"].items()
+    }
+    for number in range(count):
+        one = trials[number] if number < len(trials) else None
+        found = outcomes.get(one.key) if one else None
+        for name, value in _described(one, found).items():
+            rows[name].append(value)
+        for label, value in ({} if found is None else found.data_vars).items():
+            within: Any = (number, *map(slice, value.shape))
+            results[str(label)][within] = value.values
+    return rows, results
+
+
+def _described(one: Trial | None, found: xr.Dataset | None) -> dict[str, Any]:
+    if one is None:
+        nothing = dict.fromkeys(TABLES["trials"], "")
+        return {**nothing, "rate": np.nan, "seed": -1, "status": "missing"}
+    balance = one.config.balance
+    status = "missing" if found is None else found.attrs["status"]
+    return {
+        "key": one.key,
+        "part": one.part,
+        "axis": one.axis,
+        "level": one.level,
+        "method": balance.method,
+        "rate": balance.rate,
+        "seed": one.config.seed,
+        "status": status,
+        "reason": "" if found is None else found.attrs["reason"],
+    }
+
+
+def _prepare(config: StudyConfig, cache: Path) -> list[str]:
+    """Tokenise the text before workers race to; the domains."""
+    base = grid.base(config)
+    loaded = data.load(base.data, base.model.vocab_size, cache)
+    return list(loaded.validation)
+
+
+def _begin(folder: str) -> None:
+    """A worker's first act: to end with its parent, and write its progress to a file."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    log = os.open(f"{folder}/worker-{os.getpid()}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+
+
+def _study_in(file: Path) -> xr.DataTree:
+    run = open_run(file)
+    if "trials" not in run:
+        raise BadValue(f"source is '{file}', which is no collapse study's run file.")
+    return run
+
+
+def _complete(file: Path, config: StudyConfig) -> xr.DataTree:
+    run = open_run(file)
+    _require_same(config, from_json(StudyConfig, run.attrs["config"]))
+    print(f"{config.name} is complete: opened from {file}", flush=True)
+    return run
+
+
+def _require_same(config: StudyConfig, old: StudyConfig) -> None:
+    if changed := differences(old, config, ("workers",)):
+        raise BadValue(
+            f"The study {config.name!r} is another one: {'; '.join(changed)}; choose another "
+            "name."
+        )
+
+
+def _attributes(config: StudyConfig) -> dict[str, Any]:
+    text, base = to_json(config), grid.base(config)
+    return {
+        **provenance(),
+        "name": config.name,
+        "scale": config.scale,
+        "seed": 0,
+        "config": text,
+        "config_sha256": hashlib.sha256(text.encode()).hexdigest(),
+        "base": to_json(base),
+        "num_experts": base.model.router.num_experts,
+        "top_k": base.model.router.top_k,
+        "device": "cpu",
+        "threads": 1,
+    }
+
+
+def _coordinates(config: StudyConfig, domains: list[str]) -> dict[str, Any]:
+    trials = grid.first_wave(config) + grid.second_wave(config, {})
+    experts = max(t.config.model.router.num_experts for t in trials)
+    layers = max(len(t.config.model.moe_layers) for t in trials)
+    return {
+        "trial": np.arange(len(trials)),
+        "trial_layer": np.arange(1, layers + 1),
+        "trial_domain": domains,
+        "time": (np.arange(TIMES) + 1) / TIMES,
+        "expert_rank": np.arange(experts),
+        "claim": np.arange(len(findings.CLAIMS)),
+    }
+
+
+def main() -> None:
+    """Run a study from a configuration file and print its file's path."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("--config", type=Path, required=True, help="StudyConfig as JSON")
+    parser.add_argument("--runs", type=Path, default=RUNS, help="folder of run files")
+    given = parser.parse_args()
+    with one_sentence():
+        run = study(from_file(StudyConfig, given.config), runs=given.runs)
+        print(given.runs / f"{run.attrs['name']}.nc")
+
+
+if __name__ == "__main__":
+    main()
