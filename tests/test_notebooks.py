@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import nbformat
@@ -18,7 +19,7 @@ import pytest
 import xarray as xr
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from trinity_lib import disk, kernels_config, metrics
+from trinity_lib import disk, findings, grid, kernels_config, metrics
 from trinity_lib.record import open_run
 from trinity_lib.train import RUNS
 
@@ -26,6 +27,8 @@ ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 TRAIN = ROOT / "notebooks" / "train.ipynb"
 KERNELS = ROOT / "notebooks" / "kernels.ipynb"
+COLLAPSE = ROOT / "notebooks" / "collapse.ipynb"
+REFERENCE = ROOT / "runs" / "reference" / "collapse.nc"
 
 
 def command(output: Path, notebook: Path = TRAIN, **parameters: object) -> list[str]:
@@ -137,10 +140,45 @@ def test_the_kernels_notebook_measures_every_backend(
     assert timed.all() if run.attrs["device"] == "cuda" else not timed.any()
 
 
-def test_the_kernels_notebooks_parameters_are_the_functions() -> None:
-    inspected = papermill.inspect_notebook(str(KERNELS))
+def test_the_collapse_notebook_runs_every_part(
+    folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Every balancer, one seed: nothing can be decided, and it says so."""
+    output = folder / "collapse.ipynb"
+    begun = time.monotonic()
+    run = execute(output, COLLAPSE, name=name(tmp_path_factory, "collapse"))
+    assert time.monotonic() - begun < 90  # a minute where no other test runs
+    assert run.attrs["status"] == "complete"
+    shows(output, 9, ("undecided", "SMEBU", "quantile balancing", "too few seeds"))
+    rows = findings.of(run)
+    assert set(rows["method"]) == {*grid.STEPPED, *grid.UNTUNED}
+    assert set(rows["part"]) == {"grid", "causes", "anatomy", "rescue"}
+    assert set(run["claims"]["verdict"].values) == {"undecided"}
+
+
+def test_the_reference_study_is_drawn_from_its_file_alone(folder: Path) -> None:
+    output = folder / "reference.ipynb"
+    begun = time.monotonic()
+    run = execute(output, COLLAPSE, source=REFERENCE)
+    assert time.monotonic() - begun < 40  # 20 s where no other test runs
+    shows(output, 9, ("supported", "SMEBU", "quantile balancing"))
+    assert (int(run.attrs["num_experts"]), int(run.attrs["top_k"])) == (256, 4)
+    stored = run["claims"].to_dataset()
+    groups = [run[name].to_dataset() for name in ("trials", "results")]
+    again = findings.claims(*({key: g[key].values for key in g} for g in groups))
+    assert stored["verdict"].values.tolist() == again["verdict"]
+    np.testing.assert_allclose(stored["estimate"], again["estimate"])
+
+
+@pytest.mark.parametrize(
+    ("path", "function"),
+    [(KERNELS, kernels_config.configure), (COLLAPSE, grid.configure)],
+    ids=["kernels", "collapse"],
+)
+def test_a_notebooks_parameters_are_the_functions(path: Path, function: Callable) -> None:
+    inspected = papermill.inspect_notebook(str(path))
     given = {name: ast.literal_eval(each["default"]) for name, each in inspected.items()}
-    asked = inspect.signature(kernels_config.configure).parameters
+    asked = inspect.signature(function).parameters
     assert given == {name: each.default for name, each in asked.items()}
 
 
@@ -289,7 +327,7 @@ def test_notebooks_are_committed_as_agreed(path: Path) -> None:
 def test_help_lists_every_parameter(path: Path) -> None:
     words = [sys.executable, "-m", "papermill", "--help-notebook", str(path)]
     shown = subprocess.run(words, capture_output=True, text=True).stdout
-    assert "seed: int" in shown and "Unknown type" not in shown
+    assert ": int" in shown and "Unknown type" not in shown
     for each in papermill.inspect_notebook(str(path)).values():
         assert each["name"] in shown and each["help"].split()[0] in shown
 

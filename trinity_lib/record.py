@@ -28,6 +28,8 @@ from trinity_lib.schema import SCHEMA, SCHEMA_VERSION, TABLES, Variable
 
 ENGINE: Any = "h5netcdf"
 ROOT = Path(__file__).resolve().parent.parent
+DAMAGE = (OSError, LookupError, ValueError, TypeError, AttributeError, RuntimeError)
+"""What readers raise on a file that is torn or foreign."""
 
 
 class Claim:
@@ -217,8 +219,10 @@ def open_run(path: str | os.PathLike) -> xr.DataTree:
         try:
             with xr.open_datatree(path, engine=ENGINE) as tree:
                 return tree.load()
-        except OSError as error:
-            raise BadValue(f"{path} is not a run file that can be read: {error}.") from error
+        except DAMAGE as error:
+            raise BadValue(
+                f"{path} is not a run file that can be read: {first_line(error)}."
+            ) from error
     folder = path.with_suffix("") if path.suffix == ".nc" else path
     if not folder.name:
         raise Missing(f"There is no run at {path}: it is no run's folder.")
@@ -334,7 +338,7 @@ def _merge(folder: Path) -> xr.DataTree:
         try:
             with xr.open_datatree(shard, engine=ENGINE) as tree:
                 tree.load()
-        except OSError as error:
+        except DAMAGE as error:
             raise BadValue(f"{shard} is damaged: {first_line(error)}.") from error
         for name, node in tree.children.items():
             parts.setdefault(name, []).append(node.to_dataset())
