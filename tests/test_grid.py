@@ -64,13 +64,31 @@ def test_nothing_but_the_axis_moves() -> None:
 def test_a_rescue_begins_with_a_collapsed_run_of_its_own_seed() -> None:
     config = grid.configure(scale="study")
     parents = {t.key: t for t in grid.first_wave(config) if t.part == "rescue"}
-    rescues = [t for t in grid.second_wave(config, {}) if t.part == "rescue"]
+    rescues = [t for t in grid.most(config) if t.parent]
     assert len(rescues) == len(parents) * len(grid.RESCUERS) == 15
     for trial in rescues:
         parent = parents[trial.parent]
         assert parent.config.balance.method == "none"
         assert parent.config.seed == trial.config.seed
         assert trial.key.endswith(trial.parent)
+
+
+def test_batches_and_rescues_are_at_each_ones_best() -> None:
+    config = grid.configure(scale="study")
+    second = grid.second_wave(config, {"smebu": 1e-2, "switch": 1e-1})
+    rates = {(t.config.balance.method, t.config.balance.rate) for t in second if t.parent}
+    assert rates == {("none", 0), ("smebu", 1e-2), ("quantile", 0), ("switch", 1e-1)}
+    batches = [t for t in second if t.axis == "rows a batch"]
+    assert {t.config.balance.method for t in batches} == {"smebu"}, "sign diverged everywhere"
+    finals = {t.level for t in second if t.part == "finals"}
+    assert finals == {"smebu", "switch", *grid.UNTUNED}
+
+
+def test_kappa_is_also_varied_at_equal_gain() -> None:
+    trials = grid.first_wave(grid.configure(scale="study"))
+    equal = [t.config.balance for t in trials if t.axis == "kappa at equal gain"]
+    assert {b.kappa for b in equal} == {0.5, 2, 8}
+    assert all(b.kappa * b.rate == pytest.approx(2e-2) for b in equal)
 
 
 def test_the_name_does_not_depend_on_the_number_of_workers() -> None:
@@ -89,7 +107,7 @@ def test_papermills_text_is_understood() -> None:
 
 def test_what_is_about_to_run_is_said() -> None:
     text = grid.describe(grid.configure(scale="study", workers=2))
-    assert "at most 243 runs of 300 steps of 16 x 128 tokens, 256 experts, top-4, 2 at" in text
+    assert "at most 248 runs of 300 steps of 16 x 128 tokens, 256 experts, top-4, 2 at" in text
 
 
 BAD = (

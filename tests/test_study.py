@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import xarray as xr
 
-from trinity_lib import findings, grid, outcome, plots_study, study, trial
+from trinity_lib import findings, grid, outcome, plots_study, report, study, trial
 from trinity_lib.config import BadValue, override, to_json
 from trinity_lib.grid import StudyConfig
 from trinity_lib.record import open_run
@@ -124,7 +124,7 @@ def test_measures_make_sense(done: xr.DataTree) -> None:
     rows = findings.of(done)
     ours = rows[rows["part"] == "finals"].groupby("method").mean(numeric_only=True)
     assert ours["leak"]["smebu"] == ours["leak"]["none"] == 0
-    assert ours["leak"]["expert_choice"] > 0.01
+    assert ours["leak"]["expert_choice"] > 0.005
     assert ours["loss_chosen"]["smebu"] == ours["loss_causal"]["smebu"]
     assert ours["loss_chosen"]["expert_choice"] != ours["loss_causal"]["expert_choice"]
     assert ours["max_vio"]["expert_choice"] == pytest.approx(0, abs=1e-9)
@@ -168,6 +168,31 @@ def test_figures_can_be_drawn(done: xr.DataTree, name: str) -> None:
     figure.canvas.draw()
 
 
+def test_a_study_of_one_part_is_read_too(tmp_path: Path, cache: Path) -> None:
+    config = StudyConfig(**{**SMALL, "parts": ("rescue",), "seeds": 1, "name": ""})  # type: ignore[arg-type]
+    config = dataclasses.replace(config, methods=("smebu",), workers=1)
+    run = study.study(config, runs=tmp_path, cache=cache)
+    assert (tmp_path / f"{run.attrs['name']}.nc").is_file()
+    assert run.attrs["name"].startswith("collapse-toy-")
+    assert run.attrs["corpus_sha256"] and run.attrs["experts_backend"]
+    assert report.balancers(run).empty and "statements" in report.reading(run)
+    for draw in (plots_study.pareto, plots_study.curves, plots_study.load, plots_study.leak):
+        assert "not part of this study" in draw(run).axes[0].texts[0].get_text()
+    assert not plots_study.rescue(run).axes[0].texts
+
+
+def test_other_text_is_not_mixed_in(
+    done: xr.DataTree, config: StudyConfig, tmp_path: Path, cache: Path
+) -> None:
+    folder = tmp_path / "small"
+    folder.mkdir()
+    kept = {**done.attrs, "corpus_sha256": "another", "status": "failed"}
+    (folder / "run.json").write_text(json.dumps(kept, default=str))
+    with pytest.raises(BadValue, match="its corpus_sha256 is .* here and was another"):
+        study.study(config, runs=tmp_path, cache=cache)
+    assert not (folder / "lock").exists()
+
+
 @pytest.mark.parametrize("name", ["causes", "anatomy"])
 def test_a_part_that_was_left_out_is_said_to_be(done: xr.DataTree, name: str) -> None:
     figure = getattr(plots_study, name)(done)
@@ -175,10 +200,10 @@ def test_a_part_that_was_left_out_is_said_to_be(done: xr.DataTree, name: str) ->
 
 
 def test_tables_and_reading(done: xr.DataTree) -> None:
-    table = plots_study.balancers(done)
+    table = report.balancers(done)
     assert set(table.index) == {"none", "SMEBU", "expert choice"}
-    assert len(plots_study.claims(done)) == len(findings.CLAIMS)
-    text = plots_study.reading(done)
+    assert len(report.claims(done)) == len(findings.CLAIMS)
+    text = report.reading(done)
     assert "32 experts" in text and "statements" in text
 
 

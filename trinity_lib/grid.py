@@ -3,7 +3,7 @@
 import dataclasses
 import inspect
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
 from trinity_lib import launch
@@ -26,7 +26,7 @@ UNTUNED = ("none", "quantile", "bip", "sinkhorn", "expert_choice", "hash")
 CURVES = ("smebu", "sign", "loss_free", "switch")
 """Whose whole grid is run with several seeds."""
 REFERENCE_RATE = 1e-2
-"""Step size of SMEBU and sign where something else is varied; fixed before any run."""
+"""Step size of SMEBU where another of its settings is varied; fixed before any run."""
 _Axes = dict[str, dict[str, dict[str, Any]]]
 Part = Literal["balancers", "causes", "anatomy", "rescue"]
 Scale = Literal["toy", "small", "study"]
@@ -35,7 +35,7 @@ RESCUERS = ("none", "smebu", "sign", "quantile", "switch")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StudyConfig:
-    """What a study runs. Finals begin at seed 1: 0 chose the step sizes, and judges none."""
+    """What a study runs. Finals begin at seed 1: 0 chose the step sizes they are run at."""
 
     scale: Scale
     """Which model, text and number of steps."""
@@ -145,7 +145,7 @@ def base(config: StudyConfig) -> RunConfig:
             ),
         ),
         micro_batches=2,
-        evaluate_every=max(1, config.steps // 4),
+        evaluate_every=-(-config.steps // 4),
         checkpoint_every=1_000_000,
         log_every=1_000_000,
         probe_tokens=512 if toy else 4096,
@@ -168,16 +168,28 @@ def first_wave(config: StudyConfig) -> list[Trial]:
 
 
 def second_wave(config: StudyConfig, best: Mapping[str, float]) -> list[Trial]:
-    """Finals at each balancer's `best` step size over fresh seeds, and rescues."""
+    """What is run at each balancer's `best` step size: finals over fresh seeds, batches,
+    rescues. One without any, because it diverged at all, is left out; where no grid was run
+    it is `REFERENCE_RATE`."""
+    tried = config.methods if "balancers" in config.parts else ()
+    untried = {m: REFERENCE_RATE for m in STEPPED if m not in tried}
+    best = {**untried, **best, **dict.fromkeys(UNTUNED, 0.0)}
     trials: list[Trial] = []
     if "balancers" in config.parts and config.seeds > 1:
         for method in config.methods:
-            rate = best.get(method, 0.0)
-            for seed in range(1, config.seeds + 1):
-                trials.append(_trial(config, "finals", method, method, rate, seed))
+            for seed in range(1, config.seeds + 1) if method in best else ():
+                trials.append(_trial(config, "finals", method, method, best[method], seed))
+    if "anatomy" in config.parts:
+        trials += _batches(config, best)
     if "rescue" in config.parts:
-        trials += _rescues(config)
+        trials += _rescues(config, best)
     return trials
+
+
+def most(config: StudyConfig) -> list[Trial]:
+    """As many trials as there can be, before it is known which runs two roles share."""
+    nobodys = dict.fromkeys(STEPPED, 0.5)  # a step size of no grid
+    return first_wave(config) + second_wave(config, nobodys)
 
 
 def axis_seeds(config: StudyConfig) -> range:
@@ -190,7 +202,7 @@ def _trial(
     config: StudyConfig, part: str, level: str, method: str, rate: float, seed: int,
     axis: str = "balancer", **changes: Any,
 ) -> Trial:  # fmt: skip
-    edits = {"balance.method": method, "balance.rate": rate, "seed": seed}
+    edits: dict[str, Any] = {"balance.method": method, "balance.rate": rate, "seed": seed}
     edits |= {name.replace("__", "."): value for name, value in changes.items()}
     return Trial(part=part, axis=axis, level=level, config=override(base(config), edits))
 
@@ -234,58 +246,72 @@ def _causes(config: StudyConfig) -> list[Trial]:
             for n in (0, 1, 2)
         },
     }  # fmt: skip
-    return _varied(config, "causes", axes, ("none",))
+    return _varied(config, "causes", axes, {"none": 0.0})
 
 
 def _anatomy(config: StudyConfig) -> list[Trial]:
-    """SMEBU with one part changed at a time, and beside sign over the batch's size."""
-    phase = base(config).phases[0]
+    """SMEBU with one part changed at a time.
+
+    Near balance SMEBU steps by lambda kappa v, so kappa alone also changes the gain: it is
+    varied beside that with lambda kappa held.
+    """
     alone: _Axes = {
         "kappa": {f"{k:g}": {"balance__kappa": k} for k in (0.5, 2.0, 8.0)},
+        "kappa at equal gain": {
+            f"{k:g}": {"balance__kappa": k, "balance__rate": 2 * REFERENCE_RATE / k}
+            for k in (0.5, 2.0, 8.0)
+        },
         "beta": {f"{b:g}": {"balance__beta": b} for b in (0.0, 0.5, 0.9)},
         "centring": {"on": {}, "off": {"balance__centre": False}},
     }
+    return _varied(config, "anatomy", alone, {"smebu": REFERENCE_RATE})
+
+
+def _batches(config: StudyConfig, best: Mapping[str, float]) -> list[Trial]:
+    """SMEBU beside sign over the batch's size, each at its best step size."""
+    phase = base(config).phases[0]
     batches: _Axes = {
         "rows a batch": {
             str(rows): {"phases": (_with_batch(phase, rows),)}
             for rows in (phase.batch // 4, phase.batch, 4 * phase.batch)
         }
     }
-    smebu = _varied(config, "anatomy", alone, ("smebu",))
-    return smebu + _varied(config, "anatomy", batches, ("smebu", "sign"))
+    rates = {m: best[m] for m in ("smebu", "sign") if m in best}
+    return _varied(config, "anatomy", batches, rates)
 
 
 def _varied(
     config: StudyConfig,
     part: str,
     axes: _Axes,
-    methods: Iterable[str],
+    rates: Mapping[str, float],
 ) -> list[Trial]:
     return [
-        _trial(
-            config, part, level, method, 0.0 if method == "none" else REFERENCE_RATE, seed,
-            axis=axis, **changes,
-        )
+        _trial(config, part, level, method, rate, seed, axis=axis, **changes)
         for seed in axis_seeds(config)
         for axis, levels in axes.items()
         for level, changes in levels.items()
-        for method in methods
-    ]  # fmt: skip
+        for method, rate in rates.items()
+    ]
 
 
 def _parent(config: StudyConfig, seed: int) -> Trial:
     return _trial(config, "rescue", "before", "none", 0.0, seed, axis="rescue")
 
 
-def _rescues(config: StudyConfig) -> list[Trial]:
-    """A collapsed run gone on with under another balancer, at half its peak rate."""
+def _rescues(config: StudyConfig, best: Mapping[str, float]) -> list[Trial]:
+    """A collapsed run gone on with under another balancer, at half its peak learning rate.
+
+    As many steps again over the same text, the optimiser begun anew.
+    """
     trials = []
     for seed in axis_seeds(config):
         parent = _parent(config, seed).key
         for method in RESCUERS:
-            rate = REFERENCE_RATE if method in STEPPED else 0.0
+            if method not in best:
+                continue
             trial = _trial(
-                config, "rescue", method, method, rate, seed, axis="rescue",
+                config, "rescue", method, method, best[method], seed, axis="rescue",
                 optim__adamw_rate=base(config).optim.adamw_rate / 2,
             )  # fmt: skip
             trials.append(dataclasses.replace(trial, parent=parent))
@@ -352,10 +378,15 @@ def configure(
             **chosen,
         }
     )
+    return named(config)
+
+
+def named(config: StudyConfig) -> StudyConfig:
+    """The same study with a name, which is the same for the same study."""
     if config.name:
         return config
     alike = dataclasses.replace(config, workers=1)  # how many at once changes no result
-    return dataclasses.replace(config, name=f"collapse-{scale}-{digest(alike)}")
+    return dataclasses.replace(config, name=f"collapse-{config.scale}-{digest(alike)}")
 
 
 def describe(config: StudyConfig) -> str:
@@ -363,9 +394,7 @@ def describe(config: StudyConfig) -> str:
     if config.source:
         return f"drawn from {config.source}"
     model, phase = base(config).model, base(config).phases[0]
-    unknown = dict.fromkeys(STEPPED, 0.5)  # of no grid: no final is a run of the grid
-    first, second = first_wave(config), second_wave(config, unknown)
-    runs = len({trial.key for trial in first + second})
+    runs = len({trial.key for trial in most(config)})
     return (
         f"{config.name}: at most {runs} runs of {config.steps} steps of {phase.batch} x "
         f"{base(config).data.sequence_length} tokens, {model.router.num_experts} experts, "

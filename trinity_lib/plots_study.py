@@ -1,6 +1,5 @@
-"""Figures and tables of a collapse study, drawn from its file alone; seaborn, never torch."""
+"""Figures of a collapse study, drawn from its file alone; seaborn, never torch."""
 
-import json
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -13,110 +12,12 @@ from matplotlib.figure import Figure
 
 from trinity_lib import findings
 from trinity_lib.metrics import group
-
-NAMES = {
-    "none": "none",
-    "switch": "Switch loss",
-    "sequence": "sequence-wise loss",
-    "global": "global-batch loss",
-    "loss_free": "loss-free sign",
-    "sign": "centred sign",
-    "proportional": "proportional",
-    "smebu": "SMEBU",
-    "quantile": "quantile balancing",
-    "bip": "BIP",
-    "phi": "phi-balancing",
-    "sinkhorn": "Sinkhorn",
-    "expert_choice": "expert choice",
-    "dropout": "expert dropout",
-    "hash": "hash routing",
-}
-"""What figures call the balancers."""
-NOT_CAUSAL = ("expert_choice",)
-"""Whose validation loss is of a router it was not trained with."""
-
-
-def claims(study: xr.DataTree) -> pd.DataFrame:
-    """The table of /claims, a row a statement."""
-    return group(study, "claims").to_dataframe()[
-        ["statement", "statistic", "estimate", "low", "high", "seeds", "verdict"]
-    ]
-
-
-def balancers(study: xr.DataTree) -> pd.DataFrame:
-    """Every balancer at its best step size: mean and spread over seeds, best balance first."""
-    rows = _finals(study)
-    columns = {
-        "loss, nat/token": "loss",
-        "excess MaxVio": "excess",
-        "dead, %": "dead",
-        "effective experts": "effective",
-        "bias-driven, %": "override",
-        "leak, %": "leak",
-    }
-    found = []
-    for method, each in rows.groupby("method"):
-        row: dict[str, Any] = {
-            "balancer": NAMES[str(method)],
-            "step size": each["rate"].iloc[0],
-        }
-        for label, name in columns.items():
-            scale = 100 if label.endswith("%") else 1
-            row[label] = scale * each[name].mean()
-            if name in ("loss", "excess"):
-                row[f"sd of {name}"] = each[name].std() if len(each) > 1 else np.nan
-        found.append(row | {"seeds": len(each)})
-    return pd.DataFrame(found).set_index("balancer").sort_values("excess MaxVio")
-
-
-def reading(study: xr.DataTree) -> str:
-    """What the study found, in sentences whose figures come from it."""
-    rows, judged = _finals(study), claims(study)
-    best = balancers(study)
-    count = judged["verdict"].value_counts()
-    failed = group(study, "trials")["status"].values == "failed"
-    trials = len(np.unique(group(study, "trials")["key"].values))
-    atom = float(group(study, "results")["atom_floor"].mean())
-    parts = [
-        f"{study.attrs['scale']}: {trials} runs of {study.attrs['num_experts']} experts, "
-        f"top-{study.attrs['top_k']}; {int(failed.sum())} rows are of runs that diverged. "
-        f"Uniform routing of a batch has a MaxVio of "
-        f"{float(group(study, 'results')['floor'].median()):.2f}; routing by token id alone "
-        f"could not do better than {atom:.2f} on the first MoE layer.",
-        f"Of {len(judged)} statements {count.get('supported', 0)} are supported, "
-        f"{count.get('not supported', 0)} are not, and {count.get('undecided', 0)} are "
-        "undecided: their interval covers zero, or there are too few seeds for one. Each "
-        "interval is 95% on its own; among so many one may be wrong by chance.",
-    ]
-    if len(rows):
-        first = best.index[0]
-        parts.append(
-            f"Best balanced at its best step size: {first}, excess MaxVio "
-            f"{best['excess MaxVio'].iloc[0]:.2f}. SMEBU stands at rank "
-            f"{list(best.index).index('SMEBU') + 1 if 'SMEBU' in best.index else 'none'} of "
-            f"{len(best)} by balance."
-        )
-    if "anatomy" in set(findings.of(study)["part"]):
-        parts.append(_centring(study))
-    return "\n\n".join(parts)
-
-
-def _centring(study: xr.DataTree) -> str:
-    rows = findings.of(study)
-    chosen = rows[(rows["part"] == "anatomy") & (rows["axis"] == "centring")]
-    excess = chosen.pivot_table(index="seed", columns="level", values="excess")
-    if {"on", "off"} - set(excess.columns):
-        return "Centring was not varied."
-    return (
-        "Centring moves all biases of a layer alike, and top-k does not see that: without it "
-        f"excess MaxVio changes by {float((excess['off'] - excess['on']).abs().max()):.3f} at "
-        "most."
-    )
+from trinity_lib.report import NAMES, NOT_CAUSAL, claims, finals
 
 
 def pareto(study: xr.DataTree) -> Figure:
     """Balance against validation loss: every step size faint, the best over seeds bold."""
-    rows, best = findings.of(study), _finals(study)
+    rows, best = findings.of(study), finals(study)
     grid = rows[rows["part"] == "grid"].groupby(["method", "rate"], as_index=False).mean(
         numeric_only=True
     )  # fmt: skip
@@ -135,7 +36,8 @@ def pareto(study: xr.DataTree) -> Figure:
             axis.errorbar(
                 final["excess"].mean(), final["loss"].mean(),
                 **({} if few else spread), fmt=markers[method], color=color, ms=8,
-                mec="black", mew=0.6, capsize=2, label=NAMES[method],
+                mec="black", mew=0.6, capsize=2,
+                label=NAMES[method] + (" (not causal)" if method in NOT_CAUSAL else ""),
             )  # fmt: skip
     axis.set(
         xscale="symlog", xlabel="excess MaxVio over uniform routing (mean of layers)",
@@ -176,7 +78,7 @@ def sensitivity(study: xr.DataTree) -> Figure:
                 axis.axhline(value, color="black", ls=line, lw=1, label=NAMES[method])
         axis.set(xscale="log", xlabel="step size or weight", ylabel=label)
         sns.despine(ax=axis)
-    axes[0].set_yscale("symlog")
+    axes[0].set_yscale("symlog", linthresh=0.1)
     axes[1].set_title("Sensitivity to the step size (mean and sd over the grid's seeds)")
     _legend(axes[-1])
     return _done(figure)
@@ -185,7 +87,7 @@ def sensitivity(study: xr.DataTree) -> Figure:
 def curves(study: xr.DataTree) -> Figure:
     """MaxVio and dead experts over time, every balancer at its best step size."""
     trials, results = group(study, "trials"), group(study, "results")
-    keep = _finals(study)
+    keep = finals(study)
     if keep.empty:
         return _absent("Balance over time")
     with sns.axes_style("whitegrid"):
@@ -215,13 +117,14 @@ def curves(study: xr.DataTree) -> Figure:
 def load(study: xr.DataTree) -> Figure:
     """Validation load of every expert, sorted, every balancer at its best step size."""
     trials, results = group(study, "trials"), group(study, "results")
-    keep = _finals(study)
+    keep = finals(study)
     if keep.empty:
         return _absent("Who does the work")
     methods = [m for m in NAMES if m in set(keep["method"])]
     rows = []
     for method in methods:
-        chosen = np.isin(trials["key"].values, keep[keep["method"] == method]["key"])
+        keys = keep[keep["method"] == method]["key"]
+        chosen = np.isin(trials["key"].values, keys) & _first_of_each(trials["key"].values)
         rows.append(results["load"].isel(trial=chosen).mean(["trial", "trial_layer"]).values)
     with sns.axes_style("white"):
         figure, axis = plt.subplots(figsize=(9, 4.5), layout="constrained", dpi=110)
@@ -251,14 +154,8 @@ def anatomy(study: xr.DataTree) -> Figure:
     """SMEBU with one part changed at a time."""
     rows = findings.of(study)
     chosen = rows[rows["part"] == "anatomy"].copy()
-    title = f"SMEBU taken apart (step size {findings_rate(chosen)})"
+    title = "SMEBU taken apart; over the batch, beside sign at its best step size"
     return _axes_figure(chosen, "excess", "excess MaxVio", title)
-
-
-def findings_rate(rows: pd.DataFrame) -> str:
-    """The one step size of some rows, for people."""
-    rates = rows["rate"].unique()
-    return ", ".join(f"{rate:g}" for rate in rates)
 
 
 def rescue(study: xr.DataTree) -> Figure:
@@ -274,19 +171,21 @@ def rescue(study: xr.DataTree) -> Figure:
     for axis, column, label in (
         (axes[0], "dead, %", "dead experts, %"), (axes[1], "loss", "validation loss, nat"),
     ):  # fmt: skip
-        sns.barplot(chosen, x="what", y=column, ax=axis, color="0.75", errorbar=("sd", 1))
-        sns.stripplot(chosen, x="what", y=column, ax=axis, color="0.2", size=4)
+        sns.stripplot(chosen, x="what", y=column, ax=axis, color="0.6", size=4)
+        sns.pointplot(
+            chosen, x="what", y=column, ax=axis, errorbar=("sd", 1), ls="", color="black",
+            capsize=0.15,
+        )  # fmt: skip
         axis.tick_params(axis="x", rotation=25)
         axis.set(xlabel="balancer it went on with", ylabel=label)
         sns.despine(ax=axis)
-    axes[1].set_ylim(*_around(chosen["loss"]))
     axes[0].set_title("A collapsed router gone on with")
     return _done(figure)
 
 
 def leak(study: xr.DataTree) -> Figure:
     """How much of a token's routing later tokens decide, and what that is worth in loss."""
-    rows = _finals(study).copy()
+    rows = finals(study).copy()
     if rows.empty:
         return _absent("Routing that reads the future")
     rows["balancer"] = rows["method"].map(NAMES)
@@ -321,7 +220,8 @@ def verdicts(study: xr.DataTree) -> Figure:
         if np.isfinite(low):
             axis.plot([low / scale, high / scale], [number] * 2, color=color, lw=2)
         if np.isfinite(estimate):
-            axis.plot(estimate / scale, number, "o", color=color, ms=5)
+            face = color if np.isfinite(low) else "white"  # hollow: one seed, no interval
+            axis.plot(estimate / scale, number, "o", color=color, mfc=face, ms=5)
     for verdict, color in colors.items():
         axis.plot([], [], "o-", color=color, label=verdict)
     axis.axvline(0, color="black", lw=1)
@@ -374,27 +274,10 @@ def _axes_figure(rows: pd.DataFrame, column: str, label: str, title: str) -> Fig
     return _done(figure)
 
 
-def _finals(study: xr.DataTree) -> pd.DataFrame:
-    """Rows of every balancer at its best step size: the finals, or without them the grid's."""
-    rows = findings.of(study)
-    finals = rows[rows["part"] == "finals"]
-    if len(finals):
-        return finals.dropna(subset=["loss"])
-    best = json.loads(study.attrs.get("best_rates", "{}"))
-    grid = rows[(rows["part"] == "grid") & (rows["seed"] == 0)]
-    return grid[[best.get(m) == r for m, r in zip(grid["method"], grid["rate"], strict=True)]]
-
-
 def _first_of_each(keys: np.ndarray) -> np.ndarray:
     first = np.zeros(len(keys), dtype=bool)
     first[np.unique(keys, return_index=True)[1]] = True
     return first
-
-
-def _around(values: pd.Series) -> tuple[float, float]:
-    low, high = float(values.min()), float(values.max())
-    room = 0.3 * (high - low) or 0.1
-    return low - room, high + room
 
 
 def _colors(count: int) -> Any:

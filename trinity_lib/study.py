@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from trinity_lib import data, findings, grid, trial
+from trinity_lib import data, findings, grid, replay, trial
 from trinity_lib.config import (
     BadValue,
     Refusal,
@@ -30,6 +30,8 @@ from trinity_lib.config import (
     one_sentence,
     to_json,
 )
+from trinity_lib.data import Loaded
+from trinity_lib.experts import backend_info
 from trinity_lib.grid import StudyConfig, Trial
 from trinity_lib.outcome import TIMES
 from trinity_lib.progress import Progress
@@ -40,6 +42,11 @@ from trinity_lib.train import CACHE, RUNS
 
 GATHER_EVERY = 20
 """Finished trials between two writings of what is known so far."""
+
+
+def file_of(config: StudyConfig, runs: Path = RUNS) -> Path:
+    """The run file of a study, or the one it is drawn from."""
+    return Path(config.source) if config.source else runs / f"{grid.named(config).name}.nc"
 
 
 class WorkerDied(Refusal, RuntimeError):
@@ -54,28 +61,36 @@ def study(config: StudyConfig, *, runs: Path = RUNS, cache: Path = CACHE) -> xr.
     """
     if config.source:
         return _study_in(Path(config.source))
-    folder = runs / config.name
-    if folder.with_suffix(".nc").is_file():
-        return _complete(folder.with_suffix(".nc"), config)
+    config = grid.named(config)
+    folder, file = runs / config.name, file_of(config, runs)
+    if file.is_file():
+        return _complete(file, config)
     begun = (folder / "run.json").is_file()
     if begun:
         _require_same(config, from_json(StudyConfig, read_attributes(folder)["config"]))
     claim = Claim(folder, resume=begun)
     try:
-        domains = _prepare(config, cache)
+        loaded = _prepare(config, cache)
+        facts = _facts(loaded)
+        if begun:
+            _require_same_facts(folder, facts)
         writer = Writer(
             folder,
-            _attributes(config),
-            _coordinates(config, domains),
+            _attributes(config) | facts,
+            _coordinates(config, list(loaded.validation)),
             claim=claim,
             resume_at=0 if begun else None,
         )
+        writer.annotate(**facts)
     except BaseException:
         claim.release()
         raise
     try:
-        _Study(config, writer, cache).run()
-        return open_run(writer.close("complete"))
+        lasting = _Study(config, writer, cache)
+        lasting.run()
+        done = writer.close("complete")
+        lasting.tidy()
+        return open_run(done)
     except BaseException as error:
         reason = (
             str(error) if isinstance(error, Refusal) else f"{type(error).__name__}: {error}"
@@ -93,33 +108,44 @@ class _Study:
         self.folder.mkdir(exist_ok=True)
         self.outcomes: dict[str, xr.Dataset] = {}
         self.first = grid.first_wave(config)
-        self.kept = {t.parent for t in grid.second_wave(config, {}) if t.parent}
+        self.kept = {t.parent for t in grid.most(config) if t.parent}
 
     def run(self) -> None:
         """Both waves; what is known is on the disk now and then, and at the end."""
-        self._execute(self.first)
+        later = len({t.key for t in grid.most(self.config)} - {t.key for t in self.first})
+        self._execute(self.first, later)
         best = findings.best_rates(*self._tables(self.first))
+        self.writer.annotate(best_rates=best)
         trials = self.first + grid.second_wave(self.config, best)
         self._execute(trials)
         self._gather(trials)
-        self.writer.annotate(best_rates=best)
+
+    def tidy(self) -> None:
+        """Remove the checkpoints that rescues began with."""
         for key in self.kept:
             trial.clear(key, self.folder)
 
-    def _execute(self, trials: list[Trial]) -> None:
+    def _execute(self, trials: list[Trial], later: int = 0) -> None:
+        """Run what has no outcome yet; `later` more runs at most are to come after these."""
         todo = self._todo(trials)
         if not todo:
             return
-        name, total = self.config.name, len({t.key for t in trials})
-        bar = Progress(total, max(1, total // 20), name, total - len(todo), unit="run")
+        name, here = self.config.name, len({t.key for t in trials})
+        total = here + later
+        bar = Progress(total, max(1, total // 20), name, here - len(todo), unit="run")
         workers = min(self.config.workers, len(todo))
         context = multiprocessing.get_context("spawn")
-        pool = ProcessPoolExecutor(workers, context, _begin, (str(self.writer.folder),))
+        pool = ProcessPoolExecutor(
+            workers, context, _begin, (str(self.writer.folder), os.getpid())
+        )
         try:
             futures = {pool.submit(trial.run, *self._call(t)): t for t in todo}
             for done, future in enumerate(as_completed(futures), 1):
+                one, error = futures[future], future.exception()
+                if error is not None and not isinstance(error, BrokenProcessPool):
+                    error.add_note(f"in trial {one.key}: {one.part}, {one.axis} {one.level}")
                 future.result()
-                bar.step(futures[future].part, futures[future].config.balance.method)
+                bar.step(one.part, one.config.balance.method)
                 if done % GATHER_EVERY == 0:
                     self._gather(trials)
         except BrokenProcessPool as error:
@@ -137,8 +163,10 @@ class _Study:
         return sorted(missing.values(), key=lambda t: -t.config.phases[0].tokens)
 
     def _done(self, key: str) -> bool:
-        whole = (self.folder / f"{key}.nc").is_file()
-        return whole and (key not in self.kept or self._checkpoint(key).is_dir())
+        file = self.folder / f"{key}.nc"
+        if not file.is_file():
+            return False
+        return key not in self.kept or self._checkpoint(key).is_dir() or _has_failed(file)
 
     def _checkpoint(self, key: str) -> Path:
         return self.folder / "work" / key / trial.STAGE
@@ -162,6 +190,11 @@ class _Study:
         self.writer.table("results", results)
         self.writer.table("claims", findings.claims(described, results))
         self.writer.flush()
+
+
+def _has_failed(file: Path) -> bool:
+    with xr.open_dataset(file, engine=ENGINE) as outcome:
+        return outcome.attrs["status"] == "failed"
 
 
 def gathered(
@@ -204,17 +237,34 @@ def _described(one: Trial | None, found: xr.Dataset | None) -> dict[str, Any]:
     }
 
 
-def _prepare(config: StudyConfig, cache: Path) -> list[str]:
-    """Tokenise the text before workers race to; the domains."""
+def _prepare(config: StudyConfig, cache: Path) -> Loaded:
+    """Tokenise the text before workers race to."""
     base = grid.base(config)
-    loaded = data.load(base.data, base.model.vocab_size, cache)
-    return list(loaded.validation)
+    return data.load(base.data, base.model.vocab_size, cache)
 
 
-def _begin(folder: str) -> None:
+def _facts(loaded: Loaded) -> dict[str, Any]:
+    """What all runs of a study must share beside their configuration."""
+    hashes = replay.hashes(loaded.sha256, loaded.vocabulary.sha256)
+    return {**hashes, "experts_backend": backend_info()["backend"]}
+
+
+def _require_same_facts(folder: Path, facts: Mapping[str, Any]) -> None:
+    old = read_attributes(folder)
+    for name, value in facts.items():
+        if old.get(name, value) != value:
+            raise BadValue(
+                f"The study {folder.name!r} cannot be gone on with: its {name} is "
+                f"{value[:12]} here and was {old[name][:12]}; choose another name."
+            )
+
+
+def _begin(folder: str, parent: int) -> None:
     """A worker's first act: to end with its parent, and write its progress to a file."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+        if os.getppid() != parent:  # it was quicker
+            raise SystemExit(1)
     log = os.open(f"{folder}/worker-{os.getpid()}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1)
     os.dup2(log, 2)
@@ -260,7 +310,7 @@ def _attributes(config: StudyConfig) -> dict[str, Any]:
 
 
 def _coordinates(config: StudyConfig, domains: list[str]) -> dict[str, Any]:
-    trials = grid.first_wave(config) + grid.second_wave(config, {})
+    trials = grid.most(config)
     experts = max(t.config.model.router.num_experts for t in trials)
     layers = max(len(t.config.model.moe_layers) for t in trials)
     return {

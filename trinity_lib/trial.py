@@ -11,6 +11,7 @@ from torch import Tensor
 
 from trinity_lib import checkpoint, data, disk, outcome, rows
 from trinity_lib.balance import Balancer
+from trinity_lib.config import Missing
 from trinity_lib.data import Batch, DataConfig
 from trinity_lib.losses import token_loss
 from trinity_lib.model import Trinity
@@ -21,15 +22,15 @@ from trinity_lib.train import TrainingFailed, reproducible, train
 
 STAGE = "base"
 """The checkpoint that a run of one phase ends with."""
-LEAK_ROWS = 8
-"""Rows of each domain that the leak is looked for in."""
+LEAK_ROWS, LEAK_EVERY = 8, 3
+"""Rows of each domain that the leak is looked for in, and which of them are changed."""
 
 
 class Leak(NamedTuple):
     """What choosing experts over a whole batch gives away of later tokens."""
 
     share_L: np.ndarray
-    """Share of tokens whose experts change when only later tokens of their row do."""
+    """Share of tokens whose experts change when nothing but later tokens of their row does."""
     loss_chosen: float
     """Validation loss with the balancer's own choices, nats per token."""
     loss_causal: float
@@ -40,7 +41,8 @@ def run(key: str, config: RunConfig, folder: Path, cache: Path, keep: bool = Fal
     """Train a trial and write its outcome to `folder`/`key`.nc, whole or not at all.
 
     What is left of an earlier attempt is removed, and so is the run itself, unless its
-    checkpoint is to be kept. A run that diverges has an outcome too, which says so.
+    checkpoint is to be kept. A run that diverges has an outcome too, which says so, and so
+    has one that was to begin with the checkpoint of such a run.
     """
     work, file = folder / "work", folder / f"{key}.nc"
     clear(key, folder)
@@ -54,7 +56,7 @@ def run(key: str, config: RunConfig, folder: Path, cache: Path, keep: bool = Fal
             loss_chosen=found.loss_chosen,
             loss_causal=found.loss_causal,
         )
-    except TrainingFailed as failure:
+    except (TrainingFailed, Missing) as failure:
         result = outcome.failed(str(failure))
     content: Any = result.to_netcdf(engine=ENGINE)
     disk.replace(file, lambda temporary: temporary.write_bytes(content))
@@ -83,22 +85,25 @@ def leak(saved: Path, config: RunConfig, cache: Path) -> Leak:
     batch = _rows(config.data, config.model.vocab_size, cache)
     tokens_BS, targets_BS, documents_BS = (torch.from_numpy(part) for part in batch)
     half = tokens_BS.shape[1] // 2
-    changed_BS = tokens_BS.clone()
-    changed_BS[:, half:] = tokens_BS.roll(1, 0)[:, half:]
     held_LTK = balancer.begin(tokens_BS, documents_BS)
     chosen = _route(model, balancer, tokens_BS, documents_BS, held_LTK)
-    other_LTK = balancer.fixed(changed_BS)
-    other = _route(model, balancer, changed_BS, documents_BS, other_LTK)
-    early_T = (torch.arange(tokens_BS.shape[1]) < half).repeat(len(tokens_BS))
-    early_T &= documents_BS.flatten() >= 0
     num_experts = config.model.router.num_experts
-    share_L = [
-        float((_sets(a, num_experts) != _sets(b, num_experts)).any(-1)[early_T].float().mean())
-        for a, b in zip(chosen.experts, other.experts, strict=True)
-    ]
+    own = [_sets(experts, num_experts, len(tokens_BS)) for experts in chosen.experts]
+    changed_L, tokens = np.zeros(len(own)), 0
+    for row in range(0, len(tokens_BS), LEAK_EVERY):
+        changed_BS = tokens_BS.clone()
+        changed_BS[row, half:] = tokens_BS[row - 1, half:]
+        fixed_LTK = balancer.fixed(changed_BS)
+        other = _route(model, balancer, changed_BS, documents_BS, fixed_LTK)
+        early_S = (documents_BS[row] >= 0) & (torch.arange(tokens_BS.shape[1]) < half)
+        tokens += int(early_S.sum())
+        for layer, experts in enumerate(other.experts):
+            sets_BSE = _sets(experts, num_experts, len(tokens_BS))
+            differs_S = (sets_BSE[row] != own[layer][row]).any(-1)
+            changed_L[layer] += int((differs_S & early_S).sum())
     causal = _route(model, None, tokens_BS, documents_BS, balancer.fixed(tokens_BS))
     return Leak(
-        np.array(share_L), _loss(chosen.logits, targets_BS), _loss(causal.logits, targets_BS)
+        changed_L / tokens, _loss(chosen.logits, targets_BS), _loss(causal.logits, targets_BS)
     )
 
 
@@ -124,10 +129,11 @@ def _route(
     return _Routed(output.logits, [routing.experts_TK for routing in output.routing])
 
 
-def _sets(experts_TK: Tensor, num_experts: int) -> Tensor:
-    """Which experts a token took, [T, E]; -1 is none."""
+def _sets(experts_TK: Tensor, num_experts: int, rows: int) -> Tensor:
+    """Which experts a token took, [B, S, E]; -1 is none."""
     taken_TE = torch.zeros(len(experts_TK), num_experts + 1, dtype=torch.bool)
-    return taken_TE.scatter_(1, experts_TK % (num_experts + 1), True)[:, :num_experts]
+    taken_TE.scatter_(1, experts_TK % (num_experts + 1), True)
+    return taken_TE[:, :num_experts].unflatten(0, (rows, -1))
 
 
 def _loss(logits_BSV: Tensor, targets_BS: Tensor) -> float:
