@@ -40,9 +40,10 @@ def pareto(study: xr.DataTree) -> Figure:
                 label=NAMES[method] + (" (not causal)" if method in NOT_CAUSAL else ""),
             )  # fmt: skip
     axis.set(
-        xscale="symlog", xlabel="excess MaxVio over uniform routing (mean of layers)",
+        xlabel="excess MaxVio over uniform routing (mean of layers)",
         ylabel="validation loss, nat per token (mean of domains)",
     )  # fmt: skip
+    axis.set_xscale("symlog", linthresh=0.5)
     axis.set_title(
         "Balance against loss; faint: every step size, bold: best, with sd over seeds"
     )
@@ -79,6 +80,7 @@ def sensitivity(study: xr.DataTree) -> Figure:
         axis.set(xscale="log", xlabel="step size or weight", ylabel=label)
         sns.despine(ax=axis)
     axes[0].set_yscale("symlog", linthresh=0.1)
+    axes[0].set_ylim(bottom=0)
     axes[1].set_title("Sensitivity to the step size (mean and sd over the grid's seeds)")
     _legend(axes[-1])
     return _done(figure)
@@ -292,6 +294,8 @@ def _one(width: float, height: float) -> tuple[Figure, Any]:
 
 
 def _legend(axis: Any) -> None:
+    if not axis.get_legend_handles_labels()[0]:
+        return
     axis.legend(frameon=False, loc="upper left", bbox_to_anchor=(1.01, 1), fontsize=8)
 
 
