@@ -4,7 +4,7 @@ from typing import get_args, get_type_hints
 
 import pytest
 
-from trinity_lib import grid
+from trinity_lib import grid, plots, report
 from trinity_lib.balance import BalanceConfig
 from trinity_lib.config import BadValue
 
@@ -12,6 +12,7 @@ from trinity_lib.config import BadValue
 def test_every_balancer_there_is_can_be_studied() -> None:
     named = get_args(get_type_hints(BalanceConfig)["method"])
     assert sorted(named) == sorted(grid.STEPPED + grid.UNTUNED)
+    assert set(grid.UNTUNED) == set(plots.RATELESS) and set(named) == set(report.NAMES)
 
 
 def test_every_balancer_with_a_step_size_has_the_same_grid() -> None:

@@ -8,19 +8,20 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 import torch
 import xarray as xr
 
+import trinity_lib.train
 from tests.test_train import same
 from trinity_lib import checkpoint, disk, experts, resume
 from trinity_lib.config import BadValue, Missing, Taken, from_json, override, to_json
 from trinity_lib.record import Claim, open_run
 from trinity_lib.run import RunConfig
-from trinity_lib.session import start
+from trinity_lib.session import Session, start
 from trinity_lib.train import train
 
 
@@ -498,3 +499,30 @@ def test_counters_and_losses_come_back(
     assert recorded.step.values.tolist() == [1, 2, 3, 4, 5, 6]
     np.testing.assert_array_equal(session.losses, recorded["loss"])
     session.writer.close("failed", "a probe, not a run")
+
+
+STATEFUL = ("quantile", "bip", "phi", "dropout", "expert_choice")
+
+
+@pytest.mark.parametrize("method", STATEFUL)
+def test_every_kind_of_balancer_goes_on_to_the_bit(
+    method: str, config: RunConfig, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a method keeps beside the bias is saved, and recomputed blocks choose alike."""
+    changes = {"balance.method": method, "balance.rate": 0.05, "checkpoint_every": 2}
+    config = steps(override(config, {**changes, "recompute": True}), 4, 3, "whole")
+    train(config, runs=tmp_path, cache=cache)
+    cut = dataclasses.replace(config, name="cut")
+    record = trinity_lib.train._record
+
+    def stop(session: Session, *rest: Any) -> None:
+        if session.step == 6:
+            raise KeyboardInterrupt
+        record(session, *rest)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(trinity_lib.train, "_record", stop)
+        train(cut, runs=tmp_path, cache=cache)
+    train(cut, runs=tmp_path, cache=cache, resumes=True)
+    assert json.loads(open_run(tmp_path / "cut.nc").attrs["resumed"])[0]["step"] == 4
+    assert_same_to_the_bit(tmp_path, tmp_path, "cut")

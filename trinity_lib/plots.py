@@ -19,6 +19,8 @@ from trinity_lib.metrics import group
 SMOOTH = 20
 """Steps of the running mean drawn over noisy curves."""
 MOST_PANELS = 6
+RATELESS = ("none", "quantile", "bip", "sinkhorn", "expert_choice", "hash")
+"""Balancers without a step size."""
 
 
 def loss(run: xr.DataTree) -> Figure:
@@ -286,8 +288,8 @@ def _legend(axis: Axes) -> None:
 
 def _method(run: xr.DataTree) -> str:
     balance = json.loads(run.attrs["config"])["balance"]
-    name = {"none": "none", "sign": "sign, gamma", "smebu": "SMEBU, lambda"}[balance["method"]]
-    return name if balance["method"] == "none" else f"{name} {balance['rate']:g}"
+    method = "SMEBU" if balance["method"] == "smebu" else balance["method"]
+    return method if method in RATELESS else f"{method} {balance['rate']:g}"
 
 
 def _some(layers: np.ndarray) -> list[int]:
