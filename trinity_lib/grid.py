@@ -4,6 +4,7 @@ import dataclasses
 import inspect
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 from trinity_lib import launch
@@ -13,6 +14,7 @@ from trinity_lib.config import check, convert, digest, override, require
 from trinity_lib.data import DataConfig
 from trinity_lib.model import ModelConfig
 from trinity_lib.optim import OptimConfig, Phase
+from trinity_lib.record import ROOT
 from trinity_lib.routing import RouterConfig
 from trinity_lib.run import RunConfig, require_common
 
@@ -28,6 +30,8 @@ CURVES = ("smebu", "sign", "loss_free", "switch")
 REFERENCE_RATE = 1e-2
 """Step size of SMEBU where another of its settings is varied; fixed before any run."""
 _Axes = dict[str, dict[str, dict[str, Any]]]
+UNGUARDED = 1000.0
+"""`spike` where batches hold little else than one domain: their losses jump, all is well."""
 Part = Literal["balancers", "causes", "anatomy", "rescue"]
 Scale = Literal["toy", "small", "study"]
 RESCUERS = ("none", "smebu", "sign", "quantile", "switch")
@@ -131,7 +135,7 @@ def base(config: StudyConfig) -> RunConfig:
             corpus="procedural" if toy else "registered",
             sequence_length=length,
             rsdb=32,
-            validation_rows=4 if toy else 32,
+            validation_rows=4 if toy else 16 if small else 32,
         ),
         balance=BalanceConfig(method="none", rate=0.0, sequence_loss=0.0),
         optim=OptimConfig(optimizer="adamw", muon_rate=2e-2, adamw_rate=5e-3),
@@ -149,7 +153,7 @@ def base(config: StudyConfig) -> RunConfig:
         evaluate_every=-(-config.steps // 4),
         checkpoint_every=1_000_000,
         log_every=1_000_000,
-        probe_tokens=512 if toy else 4096,
+        probe_tokens=512 if toy else 2048 if small else 4096,
         record_every=max(1, config.steps // 80),
     )
 
@@ -230,12 +234,8 @@ def _causes(config: StudyConfig) -> list[Trial]:
         "learning rate": {
             f"{f:g} x": {"optim__adamw_rate": f * optim.adamw_rate} for f in (0.3, 1, 3)
         },
-        "rows a batch": {
-            str(rows): {"phases": (_with_batch(phase, rows),)}
-            for rows in (phase.batch // 4, phase.batch, 4 * phase.batch)
-        },
-        # batches of one domain come and go in order: their loss jumps, and nothing is wrong
-        "order": {"packed in order": {"data__rsdb": 0, "spike": 1000.0}, "RSDB": {}},
+        "rows a batch": _rows(phase),
+        "order": {"packed in order": {"data__rsdb": 0, "spike": UNGUARDED}, "RSDB": {}},
         "optimiser": {
             "AdamW": {},
             "Muon, idle experts rest": {"optim__optimizer": "muon"},
@@ -272,12 +272,7 @@ def _anatomy(config: StudyConfig) -> list[Trial]:
 def _batches(config: StudyConfig, best: Mapping[str, float]) -> list[Trial]:
     """SMEBU beside sign over the batch's size, each at its best step size."""
     phase = base(config).phases[0]
-    batches: _Axes = {
-        "rows a batch": {
-            str(rows): {"phases": (_with_batch(phase, rows),)}
-            for rows in (phase.batch // 4, phase.batch, 4 * phase.batch)
-        }
-    }
+    batches: _Axes = {"rows a batch": _rows(phase)}
     rates = {m: best[m] for m in ("smebu", "sign") if m in best}
     return _varied(config, "anatomy", batches, rates)
 
@@ -320,10 +315,16 @@ def _rescues(config: StudyConfig, best: Mapping[str, float]) -> list[Trial]:
     return trials
 
 
-def _with_batch(phase: Phase, rows: int) -> Phase:
-    """As many steps, of another batch."""
-    tokens = phase.tokens // phase.batch * rows
-    return dataclasses.replace(phase, tokens=tokens, batch=rows)
+def _rows(phase: Phase) -> dict[str, dict[str, Any]]:
+    """As many steps, of a quarter of the batch, the batch, and four times it."""
+    levels: dict[str, dict[str, Any]] = {}
+    for rows in (phase.batch // 4, phase.batch, 4 * phase.batch):
+        tokens = phase.tokens // phase.batch * rows
+        other = dataclasses.replace(phase, tokens=tokens, batch=rows)
+        levels[str(rows)] = {"phases": (other,)}
+        if rows < phase.batch:
+            levels[str(rows)]["spike"] = UNGUARDED
+    return levels
 
 
 _SCALES: dict[str, dict[str, Any]] = {
@@ -332,7 +333,7 @@ _SCALES: dict[str, dict[str, Any]] = {
     },
     "small": {
         "rates": (1e-3, 1e-2, 1e-1), "seeds": 2, "curve_seeds": 1, "axis_seeds": 1,
-        "steps": 80,
+        "steps": 50,
     },
     "study": {
         "rates": (1e-3, 3e-3, 1e-2, 3e-2, 1e-1), "seeds": 5, "curve_seeds": 3, "axis_seeds": 3,
@@ -391,10 +392,16 @@ def named(config: StudyConfig) -> StudyConfig:
     return dataclasses.replace(config, name=f"collapse-{config.scale}-{digest(alike)}")
 
 
+def shown(source: str) -> Path:
+    """A path from the repository's root on, where it is inside."""
+    path = Path(source)
+    return path.relative_to(ROOT) if path.is_relative_to(ROOT) else path
+
+
 def describe(config: StudyConfig) -> str:
     """One line on what is about to run."""
     if config.source:
-        return f"drawn from {config.source}"
+        return f"drawn from {shown(config.source)}"
     model, phase = base(config).model, base(config).phases[0]
     runs = len({trial.key for trial in most(config)})
     return (

@@ -136,7 +136,7 @@ def _centring(study: xr.DataTree) -> str:
     return (
         "Centring moves all biases of a layer alike, and top-k does not see that: without it "
         f"excess MaxVio changes by {float((excess['off'] - excess['on']).abs().max()):.3f} at "
-        "most."
+        "most, by rounding that training makes larger."
     )
 
 

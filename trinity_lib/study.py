@@ -46,7 +46,9 @@ GATHER_EVERY = 20
 
 def file_of(config: StudyConfig, runs: Path = RUNS) -> Path:
     """The run file of a study, or the one it is drawn from."""
-    return Path(config.source) if config.source else runs / f"{grid.named(config).name}.nc"
+    return (
+        grid.shown(config.source) if config.source else runs / f"{grid.named(config).name}.nc"
+    )
 
 
 class WorkerDied(Refusal, RuntimeError):
