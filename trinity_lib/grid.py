@@ -149,8 +149,8 @@ def base(config: StudyConfig) -> RunConfig:
                 mixture=facts if toy else texts,
             ),
         ),
-        micro_batches=2,
-        evaluate_every=-(-config.steps // 4),
+        micro_batches=1 if toy else 2,
+        evaluate_every=-(-config.steps // (2 if toy else 4)),
         checkpoint_every=1_000_000,
         log_every=1_000_000,
         probe_tokens=512 if toy else 2048 if small else 4096,
@@ -329,7 +329,7 @@ def _rows(phase: Phase) -> dict[str, dict[str, Any]]:
 
 _SCALES: dict[str, dict[str, Any]] = {
     "toy": {
-        "rates": (1e-2,), "seeds": 1, "curve_seeds": 1, "axis_seeds": 1, "steps": 20,
+        "rates": (1e-2,), "seeds": 1, "curve_seeds": 1, "axis_seeds": 1, "steps": 15,
     },
     "small": {
         "rates": (1e-3, 1e-2, 1e-1), "seeds": 2, "curve_seeds": 1, "axis_seeds": 1,

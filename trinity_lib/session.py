@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import time
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -63,7 +64,7 @@ class Session:
     progress: Progress
     step: int = 0
     tokens: int = 0
-    flushed: float = 0.0
+    flushed: float = field(default_factory=time.monotonic)
     losses: list[float] = field(default_factory=list)
     looked: probe.Look | None = None
     """The last look at the probe."""

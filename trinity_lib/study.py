@@ -12,7 +12,7 @@ import os
 import signal
 import sys
 from collections.abc import Iterable, Mapping
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
@@ -40,7 +40,7 @@ from trinity_lib.run import RunConfig
 from trinity_lib.schema import TABLES
 from trinity_lib.train import CACHE, RUNS
 
-GATHER_EVERY = 20
+GATHER_EVERY = 40
 """Finished trials between two writings of what is known so far."""
 
 
@@ -114,49 +114,50 @@ class _Study:
 
     def run(self) -> None:
         """Both waves; what is known is on the disk now and then, and at the end."""
-        later = len({t.key for t in grid.most(self.config)} - {t.key for t in self.first})
-        self._execute(self.first, later)
-        best = findings.best_rates(*self._tables(self.first))
-        self.writer.annotate(best_rates=best)
-        trials = self.first + grid.second_wave(self.config, best)
-        self._execute(trials)
-        self._gather(trials)
+        context = multiprocessing.get_context("spawn")
+        about = str(self.writer.folder), os.getpid()
+        pool = ProcessPoolExecutor(self.config.workers, context, _begin, about)
+        try:
+            later = {t.key for t in grid.most(self.config)} - {t.key for t in self.first}
+            self._execute(pool, self.first, len(later))
+            best = findings.best_rates(*self._tables(self.first))
+            self.writer.annotate(best_rates=best)
+            trials = self.first + grid.second_wave(self.config, best)
+            self._execute(pool, trials)
+            self._gather(trials)
+        except BrokenProcessPool as error:
+            raise WorkerDied(
+                f"A worker of study {self.config.name!r} was killed, probably for want of "
+                f"memory; run it again to go on, with fewer workers than {self.config.workers}."
+            ) from error
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
 
     def tidy(self) -> None:
         """Remove the checkpoints that rescues began with."""
         for key in self.kept:
             trial.clear(key, self.folder)
 
-    def _execute(self, trials: list[Trial], later: int = 0) -> None:
+    def _execute(self, pool: Executor, trials: list[Trial], later: int = 0) -> None:
         """Run what has no outcome yet; `later` more runs at most are to come after these."""
         todo = self._todo(trials)
         if not todo:
             return
-        name, here = self.config.name, len({t.key for t in trials})
-        total = here + later
-        bar = Progress(total, max(1, total // 20), name, here - len(todo), unit="run")
-        workers = min(self.config.workers, len(todo))
-        context = multiprocessing.get_context("spawn")
-        pool = ProcessPoolExecutor(
-            workers, context, _begin, (str(self.writer.folder), os.getpid())
-        )
+        here = len({t.key for t in trials})
+        every = max(1, (here + later) // 20)
+        done = here - len(todo)
+        bar = Progress(here + later, every, self.config.name, done, unit="run")
         try:
             futures = {pool.submit(trial.run, *self._call(t)): t for t in todo}
-            for done, future in enumerate(as_completed(futures), 1):
+            for count, future in enumerate(as_completed(futures), 1):
                 one, error = futures[future], future.exception()
                 if error is not None and not isinstance(error, BrokenProcessPool):
                     error.add_note(f"in trial {one.key}: {one.part}, {one.axis} {one.level}")
                 future.result()
                 bar.step(one.part, one.config.balance.method)
-                if done % GATHER_EVERY == 0:
+                if count % GATHER_EVERY == 0:
                     self._gather(trials)
-        except BrokenProcessPool as error:
-            raise WorkerDied(
-                f"A worker of study {name!r} was killed, probably for want of memory; run it "
-                f"again to go on, with fewer workers than {workers}."
-            ) from error
         finally:
-            pool.shutdown(wait=True, cancel_futures=True)
             bar.close()
 
     def _todo(self, trials: Iterable[Trial]) -> list[Trial]:
