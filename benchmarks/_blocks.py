@@ -91,7 +91,7 @@ def ours(model: ModelConfig, w: Weights, backend: Any) -> Contestant:
         hold(linear, weight=weight)
     use_backend(block, backend)
     return Contestant(
-        block, lambda x: experts(x, router(x)) + shared(x), lambda x: router(x)[1:]
+        block, lambda x: experts(x, router(x)) + shared(x), lambda x: router(x)[1:3]
     )
 
 
