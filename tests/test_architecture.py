@@ -16,8 +16,8 @@ LAYERS = (
     ("tokenizer", "balance", "metrics", "specialisation", "dynamics"),
     ("auxiliary", "assignment", "outcome", "findings", "browse"),
     ("balancers", "data", "routing", "attention"),
-    ("plots", "plots_kernels", "report", "plots_explore", "plots_simulate"),
-    ("plots_study",),
+    ("plots", "plots_kernels", "report", "plots_explore", "statements"),
+    ("plots_study", "plots_simulate"),
     ("_standins", "fused"),
     ("dropless",),
     ("_megablocks",),
@@ -34,8 +34,8 @@ LAYERS = (
     ("audit", "compare", "card", "trial"),
     ("recipes",),
     ("launch",),
-    ("kernels_config", "grid"),
-    ("interpreted",),
+    ("kernels_config", "study_config"),
+    ("interpreted", "grid"),
     ("kernels", "study"),
 )
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}

@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from trinity_lib import findings
+from trinity_lib import findings, statements
 from trinity_lib.schema import TABLES
 
 
@@ -79,7 +79,7 @@ def test_layers_are_averaged_where_they_are_known() -> None:
 
 
 def verdicts(rows: list[dict]) -> dict[str, tuple[float, str]]:
-    judged = findings.claims(*study(rows))
+    judged = statements.claims(*study(rows))
     pairs = zip(judged["estimate"], judged["verdict"], strict=True)
     return dict(zip(judged["statement"], pairs, strict=True))
 
@@ -100,7 +100,7 @@ def test_paired_differences_decide() -> None:
 
 def test_the_u_shape_is_not_won_by_the_luckiest_of_many() -> None:
     """Pure noise: the inner minimum would undercut the ends' if it chose itself."""
-    (statement,) = [s for s in findings.CLAIMS if "a U" in s.text]
+    (statement,) = [s for s in statements.CLAIMS if "a U" in s.text]
     generator = np.random.default_rng(0)
     rates, estimates = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1), []
     for _ in range(200):
@@ -133,7 +133,7 @@ def test_nothing_is_decided_by_one_seed() -> None:
 
 
 def test_statements_are_said_once() -> None:
-    texts = [statement.text for statement in findings.CLAIMS]
+    texts = [statement.text for statement in statements.CLAIMS]
     assert len(set(texts)) == len(texts) >= 20
 
 
@@ -173,7 +173,9 @@ def test_a_run_that_diverged_is_not_left_out_of_a_mean() -> None:
 
 
 def test_claims_can_be_made_of_nothing() -> None:
-    judged = findings.claims(*study([row("loss_free", r, status="missing") for r in (1, 2, 3)]))
+    judged = statements.claims(
+        *study([row("loss_free", r, status="missing") for r in (1, 2, 3)])
+    )
     assert set(judged["verdict"]) == {"undecided"}
 
 

@@ -4,42 +4,42 @@ from typing import get_args, get_type_hints
 
 import pytest
 
-from trinity_lib import grid, plots, report
+from trinity_lib import grid, plots, report, study_config
 from trinity_lib.balance import BalanceConfig
 from trinity_lib.config import BadValue
 
 
 def test_every_balancer_there_is_can_be_studied() -> None:
     named = get_args(get_type_hints(BalanceConfig)["method"])
-    assert sorted(named) == sorted(grid.STEPPED + grid.UNTUNED)
-    assert set(grid.UNTUNED) == set(plots.RATELESS) and set(named) == set(report.NAMES)
+    assert sorted(named) == sorted(study_config.STEPPED + study_config.UNTUNED)
+    assert set(study_config.UNTUNED) == set(plots.RATELESS) and set(named) == set(report.NAMES)
 
 
 def test_every_balancer_with_a_step_size_has_the_same_grid() -> None:
-    config = grid.configure(scale="study")
+    config = study_config.configure(scale="study")
     trials = [t for t in grid.first_wave(config) if t.part == "grid"]
-    for method in grid.STEPPED:
+    for method in study_config.STEPPED:
         own = [t for t in trials if t.config.balance.method == method]
         first = sorted(t.config.balance.rate for t in own if t.config.seed == 0)
         assert tuple(first) == config.rates
     assert {t.config.balance.method for t in trials} == set(config.methods)
-    untuned = [t for t in trials if t.config.balance.method in grid.UNTUNED]
-    assert len(untuned) == len(grid.UNTUNED)
+    untuned = [t for t in trials if t.config.balance.method in study_config.UNTUNED]
+    assert len(untuned) == len(study_config.UNTUNED)
 
 
 def test_the_study_is_what_was_promised() -> None:
-    config = grid.configure(scale="study")
+    config = study_config.configure(scale="study")
     router = grid.base(config).model.router
     assert (router.num_experts, router.top_k) == (256, 4)
     assert len(config.methods) >= 13 and len(config.rates) == 5 and config.seeds == 5
     trials = grid.first_wave(config) + grid.second_wave(
-        config, dict.fromkeys(grid.STEPPED, 0.5)
+        config, dict.fromkeys(study_config.STEPPED, 0.5)
     )
     assert len({t.key for t in trials}) <= 300
 
 
 def test_finals_use_no_seed_that_chose_a_step_size() -> None:
-    config = grid.configure(scale="small")
+    config = study_config.configure(scale="small")
     finals = [t for t in grid.second_wave(config, {"smebu": 0.5}) if t.part == "finals"]
     assert {t.config.seed for t in finals} == {1, 2}
     rates = {t.config.balance.rate for t in finals if t.level == "smebu"}
@@ -47,7 +47,7 @@ def test_finals_use_no_seed_that_chose_a_step_size() -> None:
 
 
 def test_nothing_but_the_axis_moves() -> None:
-    config = grid.configure(scale="small")
+    config = study_config.configure(scale="small")
     base = grid.base(config)
     by_axis: dict[tuple[str, str], list[grid.Trial]] = {}
     for trial in grid.first_wave(config):
@@ -63,7 +63,7 @@ def test_nothing_but_the_axis_moves() -> None:
 
 
 def test_a_rescue_begins_with_a_collapsed_run_of_its_own_seed() -> None:
-    config = grid.configure(scale="study")
+    config = study_config.configure(scale="study")
     parents = {t.key: t for t in grid.first_wave(config) if t.part == "rescue"}
     rescues = [t for t in grid.most(config) if t.parent]
     assert len(rescues) == len(parents) * len(grid.RESCUERS) == 15
@@ -75,31 +75,31 @@ def test_a_rescue_begins_with_a_collapsed_run_of_its_own_seed() -> None:
 
 
 def test_batches_and_rescues_are_at_each_ones_best() -> None:
-    config = grid.configure(scale="study")
+    config = study_config.configure(scale="study")
     second = grid.second_wave(config, {"smebu": 1e-2, "switch": 1e-1})
     rates = {(t.config.balance.method, t.config.balance.rate) for t in second if t.parent}
     assert rates == {("none", 0), ("smebu", 1e-2), ("quantile", 0), ("switch", 1e-1)}
     batches = [t for t in second if t.axis == "rows a batch"]
     assert {t.config.balance.method for t in batches} == {"smebu"}, "sign diverged everywhere"
     finals = {t.level for t in second if t.part == "finals"}
-    assert finals == {"smebu", "switch", *grid.UNTUNED}
+    assert finals == {"smebu", "switch", *study_config.UNTUNED}
 
 
 def test_kappa_is_also_varied_at_equal_gain() -> None:
-    trials = grid.first_wave(grid.configure(scale="study"))
+    trials = grid.first_wave(study_config.configure(scale="study"))
     equal = [t.config.balance for t in trials if t.axis == "kappa at equal gain"]
     assert {b.kappa for b in equal} == {0.5, 2, 8}
     assert all(b.kappa * b.rate == pytest.approx(2e-2) for b in equal)
 
 
 def test_the_name_does_not_depend_on_the_number_of_workers() -> None:
-    assert grid.configure(workers=1).name == grid.configure(workers=5).name
-    assert grid.configure().name != grid.configure(steps=31).name
-    assert grid.configure(name="mine").name == "mine"
+    assert study_config.configure(workers=1).name == study_config.configure(workers=5).name
+    assert study_config.configure().name != study_config.configure(steps=31).name
+    assert study_config.configure(name="mine").name == "mine"
 
 
 def test_papermills_text_is_understood() -> None:
-    config = grid.configure(
+    config = study_config.configure(
         methods="none, smebu", rates="[0.1, 1e-3]", seeds="2", parts="causes"
     )
     assert config.methods == ("none", "smebu") and config.rates == (0.1, 1e-3)
@@ -107,7 +107,7 @@ def test_papermills_text_is_understood() -> None:
 
 
 def test_what_is_about_to_run_is_said() -> None:
-    text = grid.describe(grid.configure(scale="study", workers=2))
+    text = grid.describe(study_config.configure(scale="study", workers=2))
     assert "at most 248 runs of 300 steps of 16 x 128 tokens, 256 experts, top-4, 2 at" in text
 
 
@@ -131,5 +131,5 @@ BAD = (
 @pytest.mark.parametrize(("given", "sentence"), BAD)
 def test_bad_parameters_are_one_sentence(given: dict, sentence: str) -> None:
     with pytest.raises((BadValue, FileNotFoundError), match=sentence) as caught:
-        grid.configure(**given)
+        study_config.configure(**given)
     assert "\n" not in str(caught.value)

@@ -19,7 +19,7 @@ import pytest
 import xarray as xr
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from trinity_lib import disk, findings, grid, kernels_config, metrics
+from trinity_lib import disk, findings, kernels_config, metrics, statements, study_config
 from trinity_lib.record import open_run
 from trinity_lib.train import RUNS
 
@@ -151,7 +151,7 @@ def test_the_collapse_notebook_runs_every_part(
     assert run.attrs["status"] == "complete"
     shows(output, 9, ("undecided", "SMEBU", "quantile balancing", "too few seeds"))
     rows = findings.of(run)
-    assert set(rows["method"]) == {*grid.STEPPED, *grid.UNTUNED}
+    assert set(rows["method"]) == {*study_config.STEPPED, *study_config.UNTUNED}
     assert set(rows["part"]) == {"grid", "causes", "anatomy", "rescue"}
     assert set(run["claims"]["verdict"].values) == {"undecided"}
 
@@ -165,14 +165,14 @@ def test_the_reference_study_is_drawn_from_its_file_alone(folder: Path) -> None:
     assert (int(run.attrs["num_experts"]), int(run.attrs["top_k"])) == (256, 4)
     stored = run["claims"].to_dataset()
     groups = [run[name].to_dataset() for name in ("trials", "results")]
-    again = findings.claims(*({key: g[key].values for key in g} for g in groups))
+    again = statements.claims(*({key: g[key].values for key in g} for g in groups))
     assert stored["verdict"].values.tolist() == again["verdict"]
     np.testing.assert_allclose(stored["estimate"], again["estimate"])
 
 
 @pytest.mark.parametrize(
     ("path", "function"),
-    [(KERNELS, kernels_config.configure), (COLLAPSE, grid.configure)],
+    [(KERNELS, kernels_config.configure), (COLLAPSE, study_config.configure)],
     ids=["kernels", "collapse"],
 )
 def test_a_notebooks_parameters_are_the_functions(path: Path, function: Callable) -> None:

@@ -232,7 +232,7 @@ def test_figures_read_alone(measured: xr.Dataset) -> None:
 
 
 def test_every_rival_has_a_name() -> None:
-    assert set(plots_simulate.NAMES) == set(simulate.STEERING) > set(simulate.RIVALS)
+    assert set(plots_simulate.NAMES) > set(simulate.STEERING) > set(simulate.RIVALS)
 
 
 def test_figures_need_no_torch() -> None:

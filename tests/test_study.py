@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 import xarray as xr
 
-from trinity_lib import findings, grid, outcome, plots_study, report, study, trial
+from trinity_lib import findings, grid, outcome, plots_study, report, statements, study, trial
 from trinity_lib.config import BadValue, override, to_json
-from trinity_lib.grid import StudyConfig
 from trinity_lib.record import open_run
 from trinity_lib.run import RunConfig
 from trinity_lib.schema import TABLES
+from trinity_lib.study_config import StudyConfig
 
 SMALL = {
     "scale": "toy",
@@ -51,7 +51,8 @@ def done(config: StudyConfig, runs: Path, cache: Path) -> xr.DataTree:
     file.write_text(to_json(config))
     code = (
         "import sys; from pathlib import Path; from trinity_lib import study; "
-        "from trinity_lib.config import from_file; from trinity_lib.grid import StudyConfig\n"
+        "from trinity_lib.config import from_file; "
+        "from trinity_lib.study_config import StudyConfig\n"
         "if __name__ == '__main__': study.study(from_file(StudyConfig, Path(sys.argv[1])), "
         "runs=Path(sys.argv[2]), cache=Path(sys.argv[3]))"
     )
@@ -202,7 +203,7 @@ def test_a_part_that_was_left_out_is_said_to_be(done: xr.DataTree, name: str) ->
 def test_tables_and_reading(done: xr.DataTree) -> None:
     table = report.balancers(done)
     assert set(table.index) == {"none", "SMEBU", "expert choice"}
-    assert len(report.claims(done)) == len(findings.CLAIMS)
+    assert len(report.claims(done)) == len(statements.CLAIMS)
     text = report.reading(done)
     assert "32 experts" in text and "statements" in text
 

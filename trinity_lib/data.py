@@ -37,7 +37,7 @@ class DataConfig:
 
     corpus: Literal["embedded", "procedural", "registered"] = "embedded"
     """`embedded`: this Python's standard library and procedural text; `procedural`: the latter
-    alone; `registered`: the former, and a register that has to be stored."""
+    alone; `registered`: code and prose of the former, and a register that has to be stored."""
     sources: tuple[Source, ...] = ()
     """The user's own text, in place of `corpus`; a domain each."""
     tokenizer: str = ""
@@ -144,9 +144,11 @@ def load(config: DataConfig, vocab_size: int, cache: Path) -> Loaded:
     if local:
         texts = Files(local, config.validation_share)
     elif not hubs:
-        makers = {"embedded": corpus.embedded, "registered": corpus.registered}
-        make = makers.get(config.corpus)
-        texts = make(cache) if make else corpus.procedural(0)
+        if config.corpus == "procedural":
+            texts = corpus.procedural(0)
+        else:
+            make = corpus.embedded if config.corpus == "embedded" else corpus.registered
+            texts = make(cache)
     warnings = list(texts.warnings) if texts else []
     share = config.validation_share
     address = "".join(f"{h.source.path} {h.source.field} {share}\n" for h in hubs.values())

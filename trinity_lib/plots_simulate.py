@@ -10,19 +10,8 @@ import xarray as xr
 from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 
-NAMES = {
-    "none": "no balancer",
-    "loss_free": "loss-free sign",
-    "sign": "centred sign",
-    "proportional": "proportional",
-    "smebu": "SMEBU",
-    "quantile": "quantile balancing",
-    "bip": "BIP",
-    "sinkhorn": "Sinkhorn",
-    "expert_choice": "expert choice",
-    "dropout": "expert dropout",
-}
-"""What figures call the balancers."""
+from trinity_lib.report import NAMES
+
 SETTLED = 0.5
 """Share of the steps after which a figure's means begin."""
 

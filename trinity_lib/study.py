@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from trinity_lib import data, findings, grid, replay, trial
+from trinity_lib import data, findings, grid, replay, statements, study_config, trial
 from trinity_lib.config import (
     BadValue,
     Refusal,
@@ -32,12 +32,13 @@ from trinity_lib.config import (
 )
 from trinity_lib.data import Loaded
 from trinity_lib.experts import backend_info
-from trinity_lib.grid import StudyConfig, Trial
+from trinity_lib.grid import Trial
 from trinity_lib.outcome import TIMES
 from trinity_lib.progress import Progress
 from trinity_lib.record import ENGINE, Claim, Writer, open_run, provenance, read_attributes
 from trinity_lib.run import RunConfig
 from trinity_lib.schema import TABLES
+from trinity_lib.study_config import StudyConfig
 from trinity_lib.train import CACHE, RUNS
 
 GATHER_EVERY = 40
@@ -46,9 +47,9 @@ GATHER_EVERY = 40
 
 def file_of(config: StudyConfig, runs: Path = RUNS) -> Path:
     """The run file of a study, or the one it is drawn from."""
-    return (
-        grid.shown(config.source) if config.source else runs / f"{grid.named(config).name}.nc"
-    )
+    if config.source:
+        return study_config.shown(config.source)
+    return runs / f"{study_config.named(config).name}.nc"
 
 
 class WorkerDied(Refusal, RuntimeError):
@@ -63,7 +64,7 @@ def study(config: StudyConfig, *, runs: Path = RUNS, cache: Path = CACHE) -> xr.
     """
     if config.source:
         return _study_in(Path(config.source))
-    config = grid.named(config)
+    config = study_config.named(config)
     folder, file = runs / config.name, file_of(config, runs)
     if file.is_file():
         return _complete(file, config)
@@ -90,15 +91,15 @@ def study(config: StudyConfig, *, runs: Path = RUNS, cache: Path = CACHE) -> xr.
     try:
         lasting = _Study(config, writer, cache)
         lasting.run()
-        done = writer.close("complete")
-        lasting.tidy()
-        return open_run(done)
     except BaseException as error:
         reason = (
             str(error) if isinstance(error, Refusal) else f"{type(error).__name__}: {error}"
         )
         writer.close("failed", reason)
         raise
+    done = writer.close("complete")
+    lasting.tidy()
+    return open_run(done)
 
 
 class _Study:
@@ -191,7 +192,7 @@ class _Study:
         described, results = self._tables(trials)
         self.writer.table("trials", described)
         self.writer.table("results", results)
-        self.writer.table("claims", findings.claims(described, results))
+        self.writer.table("claims", statements.claims(described, results))
         self.writer.flush()
 
 
@@ -322,7 +323,7 @@ def _coordinates(config: StudyConfig, domains: list[str]) -> dict[str, Any]:
         "trial_domain": domains,
         "time": (np.arange(TIMES) + 1) / TIMES,
         "expert_rank": np.arange(experts),
-        "claim": np.arange(len(findings.CLAIMS)),
+        "claim": np.arange(len(statements.CLAIMS)),
     }
 
 
