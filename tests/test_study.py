@@ -145,6 +145,15 @@ def test_what_is_done_is_opened_and_another_study_refused(
         study.study(other, runs=runs, cache=cache)
 
 
+def test_a_base_of_another_version_is_not_gone_on_with(
+    done: xr.DataTree, config: StudyConfig, runs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    longer = override(grid.base(config), {"data.sequence_length": 96})
+    monkeypatch.setattr(grid, "base", lambda _: longer)
+    with pytest.raises(BadValue, match="another one: data.sequence_length is 96 and was 64"):
+        study.study(config, runs=runs)
+
+
 def test_it_can_be_drawn_from_its_file(done: xr.DataTree, runs: Path) -> None:
     source = dataclasses.replace(StudyConfig(**SMALL), source=str(runs / "small.nc"))  # type: ignore[arg-type]
     run = study.study(source)

@@ -110,6 +110,7 @@ class Writer:
         self._pending: dict[str, list[tuple[int, dict[str, Any]]]] = {g: [] for g in SCHEMA}
         self._tables: dict[str, dict[str, Any]] = {}
         self._shards, self._last = 0, resume_at or 0
+        self.whole: xr.DataTree | None = None  # the run, once it is complete
         self.attributes = {"created_at": _now(), **attributes}
         if resume_at is not None:
             self._rewind(resume_at)
@@ -178,6 +179,7 @@ class Writer:
         self.flush()
         tree = _merge(self.folder)
         tree.attrs = self._attributes()
+        self.whole = tree
         _save(tree, self.file, _packed(tree))  # first: a kill here leaves a whole run
         self.annotate()
         for shard in self.log.glob("*.nc"):

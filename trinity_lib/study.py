@@ -70,7 +70,7 @@ def study(config: StudyConfig, *, runs: Path = RUNS, cache: Path = CACHE) -> xr.
         return _complete(file, config)
     begun = (folder / "run.json").is_file()
     if begun:
-        _require_same(config, from_json(StudyConfig, read_attributes(folder)["config"]))
+        _require_same(config, read_attributes(folder))
     claim = Claim(folder, resume=begun)
     try:
         loaded = _prepare(config, cache)
@@ -283,13 +283,18 @@ def _study_in(file: Path) -> xr.DataTree:
 
 def _complete(file: Path, config: StudyConfig) -> xr.DataTree:
     run = open_run(file)
-    _require_same(config, from_json(StudyConfig, run.attrs["config"]))
+    _require_same(config, run.attrs)
     print(f"{config.name} is complete: opened from {file}", flush=True)
     return run
 
 
-def _require_same(config: StudyConfig, old: StudyConfig) -> None:
-    if changed := differences(old, config, ("workers",)):
+def _require_same(config: StudyConfig, attributes: Mapping[Any, Any]) -> None:
+    old = from_json(StudyConfig, attributes["config"])
+    changed = differences(old, config, ("workers",))
+    if not changed:  # the same settings, of which another version may make another run
+        before = from_json(RunConfig, attributes["base"])
+        changed = differences(before, grid.base(config))
+    if changed:
         raise BadValue(
             f"The study {config.name!r} is another one: {'; '.join(changed)}; choose another "
             "name."

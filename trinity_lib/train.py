@@ -21,7 +21,7 @@ from trinity_lib.config import Refusal, from_file, one_sentence, to_json
 from trinity_lib.data import IGNORE, Batch
 from trinity_lib.losses import token_loss
 from trinity_lib.model import Output
-from trinity_lib.record import ROOT, open_run
+from trinity_lib.record import ROOT
 from trinity_lib.run import RunConfig, Step, schedule, stage_name
 from trinity_lib.session import (
     REMEMBERED_LOSSES,
@@ -79,13 +79,14 @@ def train(
             session.writer.annotate(epochs=session.rows.stream.epoch)
             for folder in session.writer.folder.glob(f"{checkpoint.ROTATING}*"):
                 disk.remove_folder(folder)  # the last phase's end is the base
-            file = session.writer.close("complete")
+            session.writer.close("complete")
         except BaseException as error:
             ended = _failed(session, error)
             if ended is error:
                 raise
             raise ended from error
-        return open_run(file)
+        assert session.writer.whole is not None
+        return session.writer.whole
 
 
 def _step(session: Session, step: Step) -> None:
