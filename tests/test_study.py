@@ -222,9 +222,9 @@ def test_a_run_that_diverges_has_an_outcome(tmp_path: Path, cache: Path) -> None
         grid.base(StudyConfig(**{**SMALL, "steps": 30})),
         {"spike": 1e-6, "optim.adamw_rate": 1.0},
     )  # type: ignore[arg-type]
-    file = trial.run("wild", config, tmp_path, cache)
-    with xr.open_dataset(file, engine="h5netcdf") as found:
-        assert found.attrs["status"] == "failed"
+    given = trial.run("wild", config, tmp_path, cache)
+    with xr.open_dataset(tmp_path / "wild.nc", engine="h5netcdf") as found:
+        assert found.attrs == given.attrs and found.attrs["status"] == "failed"
         assert "the loss jumped" in found.attrs["reason"]
     assert not (tmp_path / "work" / "wild").exists()
 

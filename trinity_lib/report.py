@@ -88,9 +88,9 @@ def reading(study: xr.DataTree) -> str:
     )
     if len(rows):
         text += (
-            f" Uniform routing of a batch has a MaxVio of {rows['floor'].median():.2f}; a "
-            "router that gave equal tokens equal experts could not come below "
-            f"{rows['atom_floor'].median():.2f} on text of equal shares of the domains."
+            f" Uniform routing of a batch has a MaxVio of {rows['floor'].median():.2f}; the "
+            "least of a router that gives equal tokens equal experts is "
+            f"{rows['atom_floor'].median():.2f}, on text of equal shares of the domains."
         )
     parts = [
         text,

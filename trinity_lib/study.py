@@ -154,7 +154,7 @@ class _Study:
                 one, error = futures[future], future.exception()
                 if error is not None and not isinstance(error, BrokenProcessPool):
                     error.add_note(f"in trial {one.key}: {one.part}, {one.axis} {one.level}")
-                future.result()
+                self.outcomes[one.key] = future.result()
                 bar.step(one.part, one.config.balance.method)
                 if count % GATHER_EVERY == 0:
                     self._gather(trials)

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import xarray as xr
 from torch import Tensor
 
 from trinity_lib import checkpoint, data, disk, outcome, rows
@@ -37,8 +38,10 @@ class Leak(NamedTuple):
     """With what a decoder can do: top-k of scores and stored bias."""
 
 
-def run(key: str, config: RunConfig, folder: Path, cache: Path, keep: bool = False) -> Path:
-    """Train a trial and write its outcome to `folder`/`key`.nc, whole or not at all.
+def run(
+    key: str, config: RunConfig, folder: Path, cache: Path, keep: bool = False
+) -> xr.Dataset:
+    """Train a trial; its outcome, which is also `folder`/`key`.nc, whole or not at all.
 
     What is left of an earlier attempt is removed, and so is the run itself, unless its
     checkpoint is to be kept. A run that diverges has an outcome too, which says so, and so
@@ -62,7 +65,7 @@ def run(key: str, config: RunConfig, folder: Path, cache: Path, keep: bool = Fal
     disk.replace(file, lambda temporary: temporary.write_bytes(content))
     if not keep:
         clear(key, folder)
-    return file
+    return result
 
 
 def clear(key: str, folder: Path) -> None:
