@@ -55,7 +55,7 @@ def run(
         with reproducible(config.threads, config.device):
             found = leak(work / key / STAGE, config, cache)
         result = result.assign(
-            leak=("layer", found.share_L),
+            leak=("trial_layer", found.share_L),
             loss_chosen=found.loss_chosen,
             loss_causal=found.loss_causal,
         )
