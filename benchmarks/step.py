@@ -19,7 +19,8 @@ import torch
 from trinity_lib import recipes
 from trinity_lib.config import override
 from trinity_lib.session import start
-from trinity_lib.train import CACHE, optimiser_step
+from trinity_lib.step import optimiser_step
+from trinity_lib.train import CACHE
 
 VARIANTS: dict[str, dict] = {
     "toy (muon, smebu)": {},

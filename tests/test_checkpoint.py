@@ -78,7 +78,7 @@ def rewrite(folder: Path, change) -> None:
     change(tensors)
     save_file(tensors, folder / "model.safetensors")
     manifest = json.loads((folder / "manifest.json").read_text())
-    manifest["files"]["model.safetensors"] = checkpoint._described(folder / "model.safetensors")
+    manifest["files"]["model.safetensors"] = checkpoint.described(folder / "model.safetensors")
     (folder / "manifest.json").write_text(json.dumps(manifest))
 
 

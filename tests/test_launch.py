@@ -10,7 +10,7 @@ from IPython.core.interactiveshell import InteractiveShell
 
 from tests.test_resume import cut
 from tests.test_tokenizer import foreign
-from trinity_lib import disk, launch, recipes
+from trinity_lib import destination, disk, launch, recipes
 from trinity_lib.config import Refusal
 from trinity_lib.record import Claim
 from trinity_lib.train import CACHE, train
@@ -113,10 +113,20 @@ BAD: list[tuple[dict, str]] = [
     ({"scale": "larg"}, "scale is 'larg'; it must be one of toy, small, nano, mini, large"),
     ({"scale": ""}, "scale is ''; it must be one of toy"),
     ({"scale": 3}, "scale is 3; it must be text"),
-    ({"scale": "nano"}, "scale 'nano' needs data and a tokenizer of 200,192 entries"),
-    ({"scale": "mini"}, "scale 'mini' needs data and a tokenizer of 200,192 entries"),
-    ({"scale": "large"}, "scale 'large' needs data and a tokenizer of 200,192 entries"),
-    ({"scale": "nano", "data": "good.txt"}, "scale 'nano' needs data and a tokenizer"),
+    ({"scale": "nano", "mode": "train"}, "scale 'nano' needs 512 GPUs, and this machine has"),
+    ({"scale": "mini", "mode": "train"}, "scale 'mini' needs 512 GPUs, and this machine has"),
+    ({"scale": "large", "mode": "train"}, "scale 'large' needs 2,048 GPUs, and this machine"),
+    ({"mode": "rehears"}, "mode is 'rehears'; it must be one of auto, train, rehearse"),
+    ({"processes": 0}, "processes is 0; it must be at least 1"),
+    ({"processes": 3}, "processes is 3; it must be such that every batch .16 rows. is a"),
+    ({"processes": 4, "shard": 3}, "shard is 3; it must be a divisor of processes .4."),
+    ({"processes": 4, "expert_parallel": 3}, "expert_parallel is 3; it must be a divisor of"),
+    ({"processes": 2, "micro_batches": 1}, "micro_batches is 1; it must be a multiple of"),
+    ({"processes": 2, "compile": True}, "compile is True; it must be false where a run has"),
+    ({"processes": 1024, "batch": 1024}, "scale 'toy' needs 1,024 processes, and this machine"),
+    ({"batch": 0}, "batch is 0; it must be at least 1"),
+    ({"restarts": -1}, "restarts is -1; it must be zero or more"),
+    ({"gpu": "B3000"}, "gpu is 'B3000'; it must be one of A100"),
     (
         {"scale": "nano", "data": "good.txt", "tokenizer": "five.json"},
         "five.json'; it must be a tokenizer of the model's vocabulary, 200,192 entries, not 6",
@@ -248,7 +258,7 @@ BAD: list[tuple[dict, str]] = [
     ({"resume": True, "name": "complete", **DATA}, "The run 'complete' is complete"),
     (
         {"resume": True, "name": "begun", **DATA, "seed": 4},
-        "seed is 4 and was 0. Only steps may",
+        "seed is 4 and was 0. Only steps and the ranks may",
     ),
     ({"resume": True, "name": "damaged", **DATA}, "damaged: model.safetensors has 1,000 bytes"),
     ({"resume": True, "name": "live"}, "The run 'live' is being written by a live process"),
@@ -280,8 +290,8 @@ def test_bad_input_is_one_sentence_and_damages_nothing(
     monkeypatch.chdir(here)
     before = {path: path.stat().st_mtime_ns for path in here.rglob("*") if path.is_file()}
     with pytest.raises(Refusal, match=sentence) as error:
-        resume = parameters.get("resume", False)
-        launch.run(launch.configure(**parameters), resume=resume)
+        how = {name: parameters[name] for name in ("resume", "mode") if name in parameters}
+        launch.run(launch.configure(**parameters), **how)
     assert "\n" not in str(error.value) and str(error.value).endswith(".")
     assert error.value._render_traceback_() == [str(error.value)]
     after = {path: path.stat().st_mtime_ns for path in here.rglob("*") if path.is_file()}
@@ -289,7 +299,7 @@ def test_bad_input_is_one_sentence_and_damages_nothing(
 
 
 def test_a_cuda_that_is_not_there_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launch.torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(destination.torch.cuda, "is_available", lambda: False)
     with pytest.raises(Refusal, match="device is 'cuda'; it must be cpu: this machine has no"):
         launch.configure(device="cuda")
 
@@ -339,8 +349,18 @@ def test_a_published_scale_takes_a_tokenizer_of_its_vocabulary(
     )
     assert config.model == recipes.large().model
     assert [p.mixture for p in config.phases] == [{"good": 1.0}] * 3
-    with pytest.raises(Refusal, match="scale 'large' needs 4,784 GB for weights"):
-        launch.run(config)
+    with pytest.raises(Refusal, match="scale 'large' needs 2,048 GPUs"):
+        launch.run(config, mode="train")
+
+
+@pytest.mark.parametrize("given", [{}, {"data": "good.txt"}])
+def test_a_published_scale_needs_text_where_it_can_be_trained(
+    here: Path, monkeypatch: pytest.MonkeyPatch, given: dict
+) -> None:
+    monkeypatch.chdir(here)
+    monkeypatch.setattr(destination, "shortfall", lambda config: "")
+    with pytest.raises(Refusal, match="scale 'nano' needs data and a tokenizer of 200,192"):
+        launch.configure(scale="nano", mode="train", **given)
 
 
 def test_first_weights_bring_their_tokenizer_and_vocabulary(runs: Path) -> None:

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from trinity_lib import optim
 from trinity_lib.model import ModelConfig, Trinity
-from trinity_lib.optim import Muon, OptimConfig, Phase, orthogonalise
+from trinity_lib.muon import Muon, orthogonalise
+from trinity_lib.optim import OptimConfig, Phase
 
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:

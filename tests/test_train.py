@@ -16,7 +16,8 @@ from trinity_lib.config import from_json, override, to_json
 from trinity_lib.record import open_run
 from trinity_lib.run import RunConfig
 from trinity_lib.session import start
-from trinity_lib.train import TrainingFailed, train
+from trinity_lib.step import TrainingFailed
+from trinity_lib.train import train
 
 
 @pytest.fixture(scope="module")

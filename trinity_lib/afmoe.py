@@ -1,11 +1,11 @@
 """The AFMoE architecture as released: names of tensors, keys of config.json.
 
-One list of names, `views`, serves reading and writing: every released tensor is a view of a
+One list of names, `places`, serves reading and writing: every released tensor is a view of a
 parameter, so that experts are split and stacked without a copy of the whole.
 """
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -39,52 +39,75 @@ FIXED: dict[str, tuple[Any, ...]] = {
 """Keys of a config.json that this library knows one meaning of, the plainest value first."""
 
 
+class Place(NamedTuple):
+    """Where a released tensor is kept: a parameter or bias, or one expert's part of one."""
+
+    name: str
+    """Of the parameter or buffer."""
+    expert: int | None = None
+    """Which entry of its first axis; None: all of it."""
+    transposed: bool = False
+    """Whether it is stored transposed."""
+
+    def view(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """The released tensor, as a view of what holds it."""
+        whole = tensors[self.name].detach()
+        part = whole if self.expert is None else whole[self.expert]
+        return part.T if self.transposed else part
+
+
 def views(model: Trinity) -> dict[str, Tensor]:
     """Every released tensor's name, and the view of a parameter that it is."""
-    found: dict[str, Tensor] = {"model.embed_tokens.weight": model.embedding.weight}
-    for i, block in enumerate(model.blocks):
-        found |= {f"model.layers.{i}.{name}": view for name, view in _block(block)}
-    found["model.norm.weight"] = model.norm.weight_D
-    if model.head is not None:
-        found["lm_head.weight"] = model.head.weight
-    return {name: view.detach() for name, view in found.items()}
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    return {name: place.view(tensors) for name, place in places(model.config).items()}
 
 
-def _block(block: Any) -> Iterator[tuple[str, Tensor]]:
-    yield "input_layernorm.weight", block.attention_norm.weight_D
-    yield "post_attention_layernorm.weight", block.attention_post_norm.weight_D
-    yield "pre_mlp_layernorm.weight", block.mlp_norm.weight_D
-    yield "post_mlp_layernorm.weight", block.mlp_post_norm.weight_D
-    attention = block.attention
+def places(config: ModelConfig) -> dict[str, Place]:
+    """Every released tensor's name, and where it is kept."""
+    found = {"model.embed_tokens.weight": Place("embedding.weight")}
+    for i in range(config.num_layers):
+        for name, place in _block(config, i):
+            ours = f"blocks.{i}.{place.name}"
+            found[f"model.layers.{i}.{name}"] = place._replace(name=ours)
+    found["model.norm.weight"] = Place("norm.weight_D")
+    if not config.tied:
+        found["lm_head.weight"] = Place("head.weight")
+    return found
+
+
+def _block(config: ModelConfig, layer: int) -> Iterator[tuple[str, Place]]:
+    yield "input_layernorm.weight", Place("attention_norm.weight_D")
+    yield "post_attention_layernorm.weight", Place("attention_post_norm.weight_D")
+    yield "pre_mlp_layernorm.weight", Place("mlp_norm.weight_D")
+    yield "post_mlp_layernorm.weight", Place("mlp_post_norm.weight_D")
     for theirs, ours in (
-        ("q_proj", attention.query),
-        ("k_proj", attention.key),
-        ("v_proj", attention.value),
-        ("o_proj", attention.out),
-        ("gate_proj", attention.gate),
+        ("q_proj", "query"),
+        ("k_proj", "key"),
+        ("v_proj", "value"),
+        ("o_proj", "out"),
+        ("gate_proj", "gate"),
     ):
-        yield f"self_attn.{theirs}.weight", ours.weight
-        if ours.bias is not None:
-            yield f"self_attn.{theirs}.bias", ours.bias
-    yield "self_attn.q_norm.weight", attention.query_norm.weight_D
-    yield "self_attn.k_norm.weight", attention.key_norm.weight_D
-    if block.dense is not None:
-        yield from _feed_forward("mlp", block.dense)
+        yield f"self_attn.{theirs}.weight", Place(f"attention.{ours}.weight")
+        if config.attention.bias and ours != "gate":
+            yield f"self_attn.{theirs}.bias", Place(f"attention.{ours}.bias")
+    yield "self_attn.q_norm.weight", Place("attention.query_norm.weight_D")
+    yield "self_attn.k_norm.weight", Place("attention.key_norm.weight_D")
+    if layer not in config.moe_layers:
+        yield from _feed_forward("mlp", "dense")
         return
-    yield "mlp.router.gate.weight", block.router.weight_ED
-    yield "mlp.expert_bias", block.router.bias_E
-    if block.shared is not None:
-        yield from _feed_forward("mlp.shared_experts", block.shared)
-    experts = block.experts
-    for e in range(len(experts.gate_EFD)):
-        yield f"mlp.experts.{e}.gate_proj.weight", experts.gate_EFD[e]
-        yield f"mlp.experts.{e}.up_proj.weight", experts.up_EFD[e]
-        yield f"mlp.experts.{e}.down_proj.weight", experts.down_EFD[e].T
+    yield "mlp.router.gate.weight", Place("router.weight_ED")
+    yield "mlp.expert_bias", Place("router.bias_E")
+    if config.num_shared_experts:
+        yield from _feed_forward("mlp.shared_experts", "shared")
+    for e in range(config.router.num_experts):
+        yield f"mlp.experts.{e}.gate_proj.weight", Place("experts.gate_EFD", e)
+        yield f"mlp.experts.{e}.up_proj.weight", Place("experts.up_EFD", e)
+        yield f"mlp.experts.{e}.down_proj.weight", Place("experts.down_EFD", e, True)
 
 
-def _feed_forward(prefix: str, network: Any) -> Iterator[tuple[str, Tensor]]:
+def _feed_forward(theirs: str, ours: str) -> Iterator[tuple[str, Place]]:
     for name in ("gate", "up", "down"):
-        yield f"{prefix}.{name}_proj.weight", getattr(network, name).weight
+        yield f"{theirs}.{name}_proj.weight", Place(f"{ours}.{name}.weight")
 
 
 def from_config(values: Mapping[str, Any]) -> ModelConfig:

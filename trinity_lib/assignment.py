@@ -220,13 +220,14 @@ class Dropout(Unmoved):
         self.begun = int(tensors["begun"])
 
     def begin(self, tokens_BS: Tensor, documents_BS: Tensor) -> Tensor | None:
-        """Count the micro-batch."""
-        self.begun += 1
+        """Count the micro-batches that the ranks begin together."""
+        self.begun += self.sizes.ranks
         return None
 
     def select(self, scores_TE: Tensor, layer: int) -> Tensor:
         """Scores and bias, less much where dropped."""
-        generator = _generator(scores_TE.device, self.sizes.seed, self.begun, layer)
+        number = self.begun - self.sizes.ranks + self.sizes.rank + 1
+        generator = _generator(scores_TE.device, self.sizes.seed, number, layer)
         drawn_TE = torch.rand(scores_TE.shape, generator=generator, device=scores_TE.device)
         return super().select(scores_TE, layer) - DROPPED * (drawn_TE < self.config.rate)
 

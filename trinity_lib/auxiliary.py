@@ -91,7 +91,7 @@ class GlobalBatch(Balancer):
     def observe(self, routing: Sequence[Routed], valid_T: Tensor) -> Tensor:
         """Expert loads, which the losses of later micro-batches begin with."""
         load_LE = load(routing, valid_T)
-        self.load_LE = self.load_LE + load_LE
+        self.load_LE = self.load_LE + self.together(load_LE.clone())
         return load_LE
 
     def update(self, statistics: Tensor) -> None:
@@ -101,7 +101,7 @@ class GlobalBatch(Balancer):
     def loss(self, routing: Sequence[Routed], documents_BS: Tensor) -> Tensor | None:
         """The sequence-wise loss and this one."""
         valid_T = documents_BS.flatten() >= 0
-        load_LE = self.load_LE + load(routing, valid_T)
+        load_LE = self.load_LE + self.together(load(routing, valid_T))
         own = switch_loss(load_LE, mean_shares(routing, valid_T))
         return _sum(
             super().loss(routing, documents_BS), self.config.rate * len(documents_BS) * own

@@ -11,7 +11,7 @@ micro-batch or at none.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, Protocol
 
@@ -70,6 +70,9 @@ class Sizes(NamedTuple):
     vocab_size: int
     seed: int
     device: str
+    rank: int = 0
+    ranks: int = 1
+    """Processes that share a step's micro-batches, and which this one is."""
 
 
 class Routed(Protocol):
@@ -95,6 +98,8 @@ class Balancer(ABC):
     """Selection bias of every MoE layer: what inference adds before top-k."""
     momentum_LE: Tensor
     """The bias's velocity, zeros where a method has none."""
+    together: Callable[[Tensor], Tensor] = staticmethod(lambda tensor: tensor)
+    """The sum of a tensor over the ranks of a run, in place."""
 
     def __init__(self, config: BalanceConfig, sizes: Sizes) -> None:
         self.config, self.sizes = config, sizes

@@ -32,7 +32,9 @@ def build(
     vocab_size: int,
     seed: int,
     device: str = "cpu",
+    rank: int = 0,
+    ranks: int = 1,
 ) -> Balancer:
     """The balancer that `config` names, before its first step, for `num_layers` MoE layers."""
-    sizes = Sizes(num_layers, num_experts, top_k, vocab_size, seed, device)
+    sizes = Sizes(num_layers, num_experts, top_k, vocab_size, seed, device, rank, ranks)
     return BALANCERS[config.method](config, sizes)

@@ -12,12 +12,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from trinity_lib import disk, hub, tokenizer
 from trinity_lib.config import BadValue, Missing, first_line
 from trinity_lib.model import Trinity
+from trinity_lib.parallel import Piece
 from trinity_lib.tokenizer import Vocabulary
 
 RUN, MANIFEST = "run_config.json", "manifest.json"
@@ -48,7 +50,7 @@ def save(
         _save_tensors(temporary / STATE, state.tensors)
         (temporary / FACTS).write_text(json.dumps(state.facts))
         (temporary / RUN).write_text(config_json)
-        files = {path.name: _described(path) for path in sorted(temporary.iterdir())}
+        files = {path.name: described(path) for path in sorted(temporary.iterdir())}
         manifest = {"step": state.facts["step"], "files": files}
         (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1))
 
@@ -72,9 +74,14 @@ def check(folder: Path) -> None:
     hub.inspect(folder)
 
 
-def load_state(folder: Path) -> State:
-    """What a verified checkpoint holds beside the weights."""
-    return State(json.loads((folder / FACTS).read_text()), _load_tensors(folder / STATE))
+def load_state(folder: Path, pieces: Mapping[str, Piece] | None = None) -> State:
+    """What a verified checkpoint of one process holds beside the weights.
+
+    Of optimiser state, only the rows that belong to `pieces`, where those are given.
+    """
+    return State(
+        json.loads((folder / FACTS).read_text()), _load_tensors(folder / STATE, pieces or {})
+    )
 
 
 def load_vocabulary(folder: Path) -> Vocabulary:
@@ -82,19 +89,22 @@ def load_vocabulary(folder: Path) -> Vocabulary:
     return tokenizer.load(folder)
 
 
-def verify(folder: Path) -> dict[str, Any]:
-    """The manifest of a checkpoint whose files are all what it says, to the last byte."""
+def verify(folder: Path, part: int = 0, parts: int = 1) -> dict[str, Any]:
+    """The manifest of a checkpoint whose files are all what it says, to the last byte.
+
+    Of `parts` processes that verify together, each reads some of the files.
+    """
     manifest = _manifest(folder)
-    for name, described in manifest["files"].items():
+    for i, (name, told) in enumerate(manifest["files"].items()):
         path = folder / name
         if not path.is_file():
             raise BadValue(f"The checkpoint {folder} is damaged: {name} is missing.")
-        if path.stat().st_size != described["bytes"]:
+        if path.stat().st_size != told["bytes"]:
             raise BadValue(
                 f"The checkpoint {folder} is damaged: {name} has {path.stat().st_size:,} "
-                f"bytes and was written with {described['bytes']:,}."
+                f"bytes and was written with {told['bytes']:,}."
             )
-        if _described(path) != described:
+        if i % parts == part and described(path) != told:
             raise BadValue(f"The checkpoint {folder} is damaged: {name} has changed.")
     return manifest
 
@@ -102,7 +112,7 @@ def verify(folder: Path) -> dict[str, Any]:
 def sha256(folder: Path) -> str:
     """One hash of a checkpoint's weights, whoever wrote it."""
     files = sorted({path.name: path for path in hub.inspect(folder).files.values()}.items())
-    parts = "".join(f"{name} {_described(path)['sha256']}\n" for name, path in files)
+    parts = "".join(f"{name} {described(path)['sha256']}\n" for name, path in files)
     return hashlib.sha256(parts.encode()).hexdigest()
 
 
@@ -121,7 +131,9 @@ def rotate(run: Path, keep: int) -> None:
 def _manifest(folder: Path) -> dict[str, Any]:
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
-        listed = {hub.CONFIG, RUN, STATE, FACTS} <= set(manifest["files"])
+        names = set(manifest["files"])
+        alone = {hub.CONFIG, STATE} <= names
+        listed = {RUN, FACTS} <= names and (alone or any("/" in name for name in names))
         known = isinstance(manifest["step"], int) and listed
     except FileNotFoundError as error:
         raise Missing(f"{folder} is no checkpoint: it has no {MANIFEST}.") from error
@@ -132,17 +144,28 @@ def _manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
-def _described(path: Path) -> dict[str, Any]:
+def described(path: Path) -> dict[str, Any]:
+    """A file's bytes and hash, for a manifest."""
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     return {"bytes": path.stat().st_size, "sha256": digest}
 
 
-def _load_tensors(path: Path) -> dict[str, Tensor]:
+def _load_tensors(path: Path, pieces: Mapping[str, Piece]) -> dict[str, Tensor]:
     """Tensors in memory of their own: as mapped from the file they lie at any address, and
     a matrix product of unaligned memory rounds differently, which a resumed run would show.
     """
-    return {name: tensor.clone() for name, tensor in load_file(path).items()}
+    found = {}
+    with safe_open(path, framework="pt") as tensors:
+        for name in tensors.keys():  # noqa: SIM118 (no mapping)
+            parameter = name.split(".", 3)[-1]
+            part = tensors.get_slice(name)
+            if parameter in pieces and part.get_shape():
+                span = pieces[parameter].span
+                found[name] = part[span.first : span.first + span.count].clone()
+            else:
+                found[name] = tensors.get_tensor(name).clone()
+    return found
 
 
 def _save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:

@@ -27,6 +27,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from trinity_lib import planted as planted_worlds
 from trinity_lib import world
 
 SPLITS = ("train", "validation")
@@ -57,9 +58,11 @@ class Corpus:
     sha256: str
     """Hash of all documents in order."""
     sources_sha256: str
-    """Hash of the files they were taken from; of nothing where procedural."""
+    """Hash of the files, or of the planted world, they were made from; else of nothing."""
     warnings: tuple[str, ...] = ()
     """What a run should report."""
+    words: tuple[str, ...] = ()
+    """Words that its tokenizer holds whole, after a blank."""
 
     @property
     def domains(self) -> tuple[str, ...]:
@@ -103,6 +106,15 @@ def registered(cache: Path) -> Corpus:
         documents[split] = {**kept, "registry": world.registry(rng, persons, count)}
     digest = hashlib.sha256(_encode(documents)).hexdigest()
     return Corpus(documents, digest, text.sources_sha256, text.warnings)
+
+
+def planted(config: planted_worlds.WorldConfig) -> Corpus:
+    """What a planted world is told in; its words are those that are asked for or about."""
+    made = planted_worlds.world(config)
+    documents = {split: planted_worlds.documents(made, split) for split in SPLITS}
+    words = planted_worlds.special_words(made)
+    digest = hashlib.sha256(_encode(documents) + json.dumps(words).encode()).hexdigest()
+    return Corpus(documents, digest, planted_worlds.sha256(made), words=words)
 
 
 def embedded(cache: Path, library: Path | None = None) -> Corpus:

@@ -8,7 +8,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Literal, NamedTuple
 
@@ -16,6 +16,7 @@ import numpy as np
 
 from trinity_lib import corpus, disk, tokenizer
 from trinity_lib.config import BadValue, check, require
+from trinity_lib.planted import WorldConfig
 from trinity_lib.progress import counted
 from trinity_lib.sources import HUB, Files, Hub, Source, Texts, held_out
 from trinity_lib.tokenizer import Vocabulary
@@ -35,9 +36,12 @@ STREAM_LIMIT = 100_000
 class DataConfig:
     """Where text comes from, rows, and the order of documents."""
 
-    corpus: Literal["embedded", "procedural", "registered"] = "embedded"
+    corpus: Literal["embedded", "procedural", "registered", "planted"] = "embedded"
     """`embedded`: this Python's standard library and procedural text; `procedural`: the latter
-    alone; `registered`: code and prose of the former, and a register that has to be stored."""
+    alone; `registered`: code and prose of the former, and a register that has to be stored;
+    `planted`: a world with known truth."""
+    world: WorldConfig = field(default_factory=WorldConfig)
+    """The world of `planted`."""
     sources: tuple[Source, ...] = ()
     """The user's own text, in place of `corpus`; a domain each."""
     tokenizer: str = ""
@@ -146,6 +150,8 @@ def load(config: DataConfig, vocab_size: int, cache: Path) -> Loaded:
     elif not hubs:
         if config.corpus == "procedural":
             texts = corpus.procedural(0)
+        elif config.corpus == "planted":
+            texts = corpus.planted(config.world)
         else:
             make = corpus.embedded if config.corpus == "embedded" else corpus.registered
             texts = make(cache)

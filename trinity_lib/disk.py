@@ -27,7 +27,7 @@ class NoSpace(Refusal, OSError):
 
 def replace(path: Path, write: Callable[[Path], object]) -> None:
     """Write one file whole or not at all; `write` is given the temporary path."""
-    temporary = _beside(path)
+    temporary = beside(path)
     try:
         write(temporary)
         _sync(temporary)
@@ -38,31 +38,43 @@ def replace(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def replace_folder(folder: Path, write: Callable[[Path], object]) -> None:
-    """The same for a flat folder; an older one of the name is replaced."""
-    temporary, old = _beside(folder), _beside(folder).with_suffix(".old")
-    for leftover in (temporary, old):
-        shutil.rmtree(leftover, ignore_errors=True)
-    temporary.mkdir(parents=True)
+    """The same for a folder; an older one of the name is replaced."""
+    temporary = beside(folder)
+    new_folder(temporary)
     try:
         write(temporary)
-        sync_folder(temporary)
-        if folder.exists():
-            folder.rename(old)
-        try:
-            temporary.rename(folder)
-        except OSError:
-            if old.exists():
-                old.rename(folder)
-            raise
+        put(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def new_folder(folder: Path) -> None:
+    """An empty folder, whatever was there."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+
+
+def put(temporary: Path, folder: Path) -> None:
+    """Bring a folder's files to the disk and give it its name, which an older one loses."""
+    old = beside(folder).with_suffix(".old")
+    shutil.rmtree(old, ignore_errors=True)
+    for inner in (*(path for path in temporary.rglob("*") if path.is_dir()), temporary):
+        sync_folder(inner)
+    if folder.exists():
+        folder.rename(old)
+    try:
+        temporary.rename(folder)
+    except OSError:
+        if old.exists():
+            old.rename(folder)
+        raise
     _sync(folder.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 
 def remove_folder(folder: Path) -> None:
     """Remove a folder; a kill in between leaves nothing of its name."""
-    doomed = _beside(folder)
+    doomed = beside(folder)
     folder.rename(doomed)
     shutil.rmtree(doomed)
 
@@ -158,7 +170,8 @@ def _megabytes(count: int) -> str:
     return f"{count / 1e6:,.1f} MB"
 
 
-def _beside(path: Path) -> Path:
+def beside(path: Path) -> Path:
+    """A hidden name of this process for what will be `path`; `tidy` removes it."""
     return path.with_name(f".{path.name}.{os.getpid()}")
 
 

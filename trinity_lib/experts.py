@@ -21,9 +21,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from trinity_lib import _megablocks, dropless, native
+from trinity_lib import _megablocks, dropless, exchange, native
 from trinity_lib.config import Missing, require
 from trinity_lib.dropless import weigh
+from trinity_lib.exchange import Exchange
 from trinity_lib.linear import Linear, project
 from trinity_lib.routing import Router, Routing
 
@@ -53,6 +54,8 @@ class Experts(nn.Module):
     """The routed experts of one layer: `num_experts` SwiGLUs of hidden width F."""
 
     backend: Backend = "auto"
+    exchange: Exchange | None = None
+    """Set where other ranks hold a part of the experts; then the weights are this rank's."""
 
     def __init__(self, num_experts: int, width: int, hidden: int) -> None:
         super().__init__()
@@ -69,13 +72,22 @@ class Experts(nn.Module):
         weights = [w.to(dtype) for w in (self.gate_EFD, self.up_EFD, self.down_EFD)]
         backend = live(self.backend, kind, dtype)
         with torch.autocast(kind, enabled=False):
-            y = self._compute(backend, x.contiguous(), routing, weights)
+            if self.exchange is None:
+                y = self._compute(backend, x.contiguous(), routing, weights)
+            else:
+
+                def local(rows: Tensor, alone: Routing) -> Tensor:
+                    return self._compute(backend, rows, alone, weights)
+
+                y = exchange.forward(x, routing, self.exchange, local)
         return y.to(x_TD.dtype)
 
     def _compute(
         self, backend: str, x: Tensor, routing: Routing, weights: list[Tensor]
     ) -> Tensor:
         experts_TK, weights_TK = routing.experts_TK, routing.weights_TK
+        if not len(weights[0]):  # more ranks than experts
+            return x
         if backend == "megablocks":
             return _megablocks.forward(x, experts_TK, weights_TK, *weights)
         if backend == "native":

@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol, overload
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -14,9 +14,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from trinity_lib import disk
-from trinity_lib.afmoe import config_json, from_config, views
+from trinity_lib.afmoe import Place, config_json, from_config, places, views
 from trinity_lib.attention import RMSNorm
 from trinity_lib.config import BadValue, Missing, first_line, one_sentence
+from trinity_lib.mesh import Layout, Span
 from trinity_lib.model import ModelConfig, Trinity, count_parameters
 from trinity_lib.tokenizer import Vocabulary
 
@@ -45,31 +46,73 @@ class Stored(NamedTuple):
         return math.prod(self.shapes[name]) * self.dtypes[name].itemsize
 
 
+class Spread(Protocol):
+    """A model spread over ranks, as saving and loading see it; `parallel.Sharded` is one."""
+
+    @property
+    def model(self) -> Trinity:
+        """The model, whose parameters are spread."""
+
+    @property
+    def layout(self) -> Layout:
+        """The ranks."""
+
+    def fetch(self, place: Place, writer: int) -> Tensor | None:
+        """A released tensor, on rank `writer`; every rank calls it, for the same ones."""
+
+    def wanted(self, place: Place) -> tuple[Tensor, Span | None] | None:
+        """Where a released tensor goes here, and which of its rows; None where none does."""
+
+
+@overload
 def load(
     folder: str | Path, *, device: str = "cpu", dtype: torch.dtype | None = None
+) -> Trinity: ...
+@overload
+def load(folder: str | Path, *, into: Spread) -> Trinity: ...
+
+
+def load(
+    folder: str | Path,
+    *,
+    device: str = "cpu",
+    dtype: torch.dtype | None = None,
+    into: Spread | None = None,
 ) -> Trinity:
     """The model of a released checkpoint: a folder, or OWNER/NAME on the Hugging Face hub.
 
     Weights come in `dtype`, by default what they are stored in; selection biases and norm
     gains are fp32 in any case, because bf16 would round a whole SMEBU step away. Tensors are
     read one after another into the model, so that memory stays near the model's own size.
+    `into` is a model spread over ranks that has its dtype: each rank reads what it holds.
     Raises Missing where there is no checkpoint, BadValue naming a tensor that is missing, too
     many or misshapen, or a setting this library has no meaning for.
     """
     folder = local(folder)
     stored = inspect(folder)
-    main = stored.dtypes["model.embed_tokens.weight"] if dtype is None else dtype
-    model = empty(stored.config, device, main)
-    targets = views(model)
+    if into is not None:
+        wanted = {n: into.wanted(p) for n, p in places(into.model.config).items()}
+        model = into.model
+    else:
+        main = stored.dtypes["model.embed_tokens.weight"] if dtype is None else dtype
+        model = empty(stored.config, device, main)
+        wanted = {name: (view, None) for name, view in views(model).items()}
     for file, names in _by_file(stored):
         try:
             with safe_open(file, framework="pt") as tensors:
                 for name in names:
-                    if name in targets:
-                        targets[name].copy_(tensors.get_tensor(name))
+                    if (there := wanted.get(name)) is not None:
+                        target, span = there
+                        target.copy_(_read(tensors, name, span))
         except (SafetensorError, OSError) as error:
             raise BadValue(f"{file} cannot be read: {first_line(error)}.") from error
     return model
+
+
+def _read(tensors: Any, name: str, span: Span | None) -> Tensor:
+    if span is None:
+        return tensors.get_tensor(name)
+    return tensors.get_slice(name)[span.first : span.first + span.count]
 
 
 def empty(config: ModelConfig, device: str, dtype: torch.dtype) -> Trinity:
@@ -86,7 +129,7 @@ def empty(config: ModelConfig, device: str, dtype: torch.dtype) -> Trinity:
 
 
 def save(
-    model: Trinity,
+    model: Trinity | Spread,
     folder: str | Path,
     *,
     tokenizer: Vocabulary | None = None,
@@ -94,18 +137,23 @@ def save(
 ) -> None:
     """Write the released layout: config.json, one tensor an expert, shards with an index.
 
-    The folder is written whole or not at all. Tensors keep the model's dtypes.
+    The folder is written whole or not at all. Tensors keep the model's dtypes. A model that
+    is spread over ranks is saved by all of them, each writing some of the shards.
     """
     if shard_bytes < 1:
         raise BadValue(f"shard_bytes is {shard_bytes}; it must be at least 1.")
-    disk.replace_folder(
-        Path(folder),
-        lambda temporary: write(model, temporary, tokenizer=tokenizer, shard_bytes=shard_bytes),
-    )
+
+    def written(temporary: Path) -> None:
+        write(model, temporary, tokenizer=tokenizer, shard_bytes=shard_bytes)
+
+    if isinstance(model, Trinity):
+        disk.replace_folder(Path(folder), written)
+    else:
+        model.layout.replace_folder(Path(folder), written)
 
 
 def write(
-    model: Trinity,
+    model: Trinity | Spread,
     folder: Path,
     *,
     tokenizer: Vocabulary | None = None,
@@ -113,47 +161,79 @@ def write(
 ) -> None:
     """The files of `save`, into a folder that is there."""
     _write_weights(model, folder, shard_bytes)
-    settings = config_json(model.config, model.embedding.weight.dtype)
+    whole = model if isinstance(model, Trinity) else model.model
+    settings = config_json(whole.config, whole.embedding.weight.dtype)
+    if not isinstance(model, Trinity) and model.layout.rank > 0:
+        return
     if tokenizer is not None:
         tokenizer.save(folder)
         settings |= tokenizer.ids
     (folder / CONFIG).write_text(json.dumps(settings, indent=2) + "\n")
 
 
-def _write_weights(model: Trinity, folder: Path, shard_bytes: int) -> None:
+def _write_weights(model: Trinity | Spread, folder: Path, shard_bytes: int) -> None:
     """One file, or shards of at most `shard_bytes` and their index."""
-    every = views(model)
-    for i, block in enumerate(model.blocks):
-        if block.is_moe and block.shared is None:  # as transformers has them
-            every |= _no_shared(f"model.layers.{i}.mlp.shared_experts", model)
-    shards: list[dict[str, Tensor]] = [{}]
+    spread = None if isinstance(model, Trinity) else model
+    whole = model if isinstance(model, Trinity) else model.model
+    sizes = _sizes(whole)
+    shards: list[list[str]] = [[]]
     filled = 0
-    for name, view in every.items():
-        size = view.numel() * view.element_size()
+    for name, size in sizes.items():
         if shards[-1] and filled + size > shard_bytes:
-            shards.append({})
+            shards.append([])
             filled = 0
-        shards[-1][name] = view
+        shards[-1].append(name)
         filled += size
     index: dict[str, str] = {}
-    for number, shard in enumerate(shards, 1):
-        name = WEIGHTS
+    for number, names in enumerate(shards, 1):
+        file = WEIGHTS
         if len(shards) > 1:
-            name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        tensors = {key: view.cpu().contiguous() for key, view in shard.items()}
-        (folder / name).touch()  # with the user's own permissions, which save_file narrows
-        save_file(tensors, folder / name, metadata={"format": "pt"})
-        index |= dict.fromkeys(shard, name)
-    if len(shards) > 1:
-        total = sum(view.numel() * view.element_size() for view in every.values())
-        about = {"metadata": {"total_size": total}, "weight_map": index}
+            file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        index |= dict.fromkeys(names, file)
+        writer = 0 if spread is None else (number - 1) % spread.layout.ranks
+        tensors = _tensors(model, names, writer)
+        if spread is None or spread.layout.rank == writer:
+            (folder / file).touch()  # with the user's own permissions, which save_file narrows
+            save_file(tensors, folder / file, metadata={"format": "pt"})
+    if len(shards) > 1 and (spread is None or spread.layout.rank == 0):
+        about = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": index}
         (folder / INDEX).write_text(json.dumps(about, indent=2, sort_keys=True))
 
 
-def _no_shared(prefix: str, model: Trinity) -> dict[str, Tensor]:
-    like, width = model.embedding.weight, model.config.width
-    shapes = {"gate": (0, width), "up": (0, width), "down": (width, 0)}
-    return {f"{prefix}.{k}_proj.weight": like.new_empty(shape) for k, shape in shapes.items()}
+def _sizes(model: Trinity) -> dict[str, int]:
+    """Bytes of every released tensor, in the order they are written."""
+    with torch.device("meta"):
+        alike = Trinity(model.config)
+    ours = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    sizes = {
+        name: place.view(tensors).numel() * ours[place.name].element_size()
+        for tensors in [{**dict(alike.named_parameters()), **dict(alike.named_buffers())}]
+        for name, place in places(model.config).items()
+    }
+    if not model.config.num_shared_experts:  # as transformers has them
+        for i in model.config.moe_layers:
+            prefix = f"model.layers.{i}.mlp.shared_experts"
+            sizes |= {f"{prefix}.{part}_proj.weight": 0 for part in ("gate", "up", "down")}
+    return sizes
+
+
+def _tensors(model: Trinity | Spread, names: list[str], writer: int) -> dict[str, Tensor]:
+    """The tensors of one file, on the rank that writes it."""
+    if isinstance(model, Trinity):
+        held = views(model)
+        found = {name: held[name] for name in names if name in held}
+        whole = model
+    else:
+        whole = model.model
+        where = places(whole.config)
+        got = {name: model.fetch(where[name], writer) for name in names if name in where}
+        found = {name: tensor for name, tensor in got.items() if tensor is not None}
+    width, dtype = whole.config.width, whole.embedding.weight.dtype
+    for name in names:
+        if "shared_experts" in name and not whole.config.num_shared_experts:
+            shape = (width, 0) if "down_proj" in name else (0, width)
+            found[name] = torch.empty(shape, dtype=dtype)
+    return {name: found[name].cpu().contiguous() for name in names if name in found}
 
 
 def inspect(folder: Path) -> Stored:

@@ -9,8 +9,8 @@ import torch
 
 from trinity_lib import launch, recipes
 from trinity_lib.config import BadValue, check, convert, require
+from trinity_lib.preflight import memory
 from trinity_lib.run import require_common
-from trinity_lib.session import memory
 
 Backend = Literal["torch", "native", "megablocks"]
 Device = Literal["cpu", "cuda"]

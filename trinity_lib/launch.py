@@ -3,20 +3,32 @@
 import ast
 import dataclasses
 import inspect
+import shutil
 import typing
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 import xarray as xr
 from IPython import get_ipython
 
-from trinity_lib import hub, recipes, resume, sources, tokenizer
-from trinity_lib.config import BadValue, Missing, convert, override, require
+from trinity_lib import (
+    destination,
+    gpus,
+    hub,
+    launch_folder,
+    ranks,
+    recipes,
+    record,
+    resume,
+    sources,
+    tokenizer,
+)
+from trinity_lib.config import BadValue, Missing, convert, override, require, to_json
+from trinity_lib.mesh import ParallelConfig
 from trinity_lib.record import ROOT
-from trinity_lib.run import RunConfig
-from trinity_lib.train import RUNS, train
+from trinity_lib.run import RunConfig, named
+from trinity_lib.train import CACHE, RUNS, train
 
 SETTINGS = {
     "seed": "seed",
@@ -38,6 +50,9 @@ SETTINGS = {
     "name": "name",
 }
 """Parameters that are one setting each."""
+ONE = ParallelConfig()
+PER_NODE = 8
+"""GPUs of a machine of a cluster."""
 
 
 def configure(
@@ -56,6 +71,7 @@ def configure(
     optimizer: str | None = None,
     learning_rate: float | None = None,
     rsdb: int | None = None,
+    batch: int | None = None,
     micro_batches: int | None = None,
     recompute: bool | None = None,
     init: str | None = None,
@@ -67,13 +83,21 @@ def configure(
     experts: str | None = None,
     compile: bool | None = None,
     device: str | None = None,
+    mode: str = "auto",
+    processes: int | None = None,
+    shard: int | None = None,
+    expert_parallel: int | None = None,
+    restarts: int = 0,
+    gpu: str | None = None,
     name: str = "",
 ) -> RunConfig:
     """The run that a notebook's parameters describe; None takes the scale's own value.
 
     `learning_rate` is the peak of Muon (of AdamW under `optimizer="adamw"`); other rates
     keep their ratio to it. Relative paths are looked for from the repository's root, then
-    from the current folder. With `resume` the result is the run to go on with. A Refusal,
+    from the current folder. With `resume` the result is the run to go on with. `processes`
+    ranks share a run, `shard` of them its weights (all, if left out), `expert_parallel` of
+    those its experts. `mode`, `restarts` and `gpu` are `run`'s, and checked here. A Refusal,
     one sentence, for a parameter that is unknown to this call (papermill only warns of
     it), of another type, out of range, or a file that cannot be used.
     """
@@ -81,8 +105,14 @@ def configure(
     refuse_unknown(given)
     require(scale in recipes.SCALES, "scale", scale, f"one of {', '.join(recipes.SCALES)}")
     config = recipes.SCALES[scale]()
-    published = scale not in recipes.EMBEDDED
-    if published and not (given["data"] and (given["tokenizer"] or given["init"])):
+    config = _laid_out(config, given)
+    _check_launch(given)
+    rehearsed = destination.destination(config, mode) == "rehearsal"
+    published = destination.published(config)
+    if rehearsed and published:  # as it will run, elsewhere
+        config = override(config, {"device": "cuda"})
+    known = given["data"] and (given["tokenizer"] or given["init"])
+    if published and not rehearsed and not known:
         raise BadValue(
             f"scale {scale!r} needs data and a tokenizer of {config.model.vocab_size:,} "
             f"entries; the embedded corpus serves {' and '.join(recipes.EMBEDDED)}."
@@ -94,16 +124,127 @@ def configure(
         config = override(config, _rates(config, given["learning_rate"]))
     if given["steps"] is not None:
         config = recipes.with_steps(config, given["steps"])
-    if config.device == "cuda":
-        require(
-            torch.cuda.is_available(), "device", "cuda", "cpu: this machine has no CUDA GPU"
-        )
     return _to_resume(config, given)
 
 
-def run(config: RunConfig, *, resume: bool = False) -> xr.DataTree:
-    """Train here and return the finished run."""
-    return train(config, runs=RUNS, resumes=convert(bool, resume, "resume"))
+def run(
+    config: RunConfig,
+    *,
+    resume: bool = False,
+    mode: str = "auto",
+    restarts: int = 0,
+    gpu: str | None = None,
+) -> xr.DataTree:
+    """Train, or rehearse, where the run fits, and return the finished run.
+
+    One process on the CPU trains here. A run on GPUs or of several ranks is started with
+    torchrun, which begins it again `restarts` times after a failure, from its last checkpoint;
+    what rank 0 says is printed, and what made a rank fail is raised, in one sentence. A run
+    that is too large for this machine is rehearsed as if on `gpu`s, in a process of its own.
+    """
+    resume = convert(bool, resume, "resume")
+    where = destination.destination(config, mode)
+    if where == "here":
+        return train(config, runs=RUNS, resumes=resume)
+    config = named(config)
+    if where == "rehearsal":
+        return _rehearsed(config, gpu)
+    return _on_ranks(config, resume, convert(int, restarts, "restarts"))
+
+
+def _on_ranks(config: RunConfig, resume: bool, restarts: int) -> xr.DataTree:
+    """Train on ranks of this machine, as a shell or a cluster would."""
+    folder = RUNS / config.name
+    if resume and not (folder / "run.json").is_file():
+        raise Missing(f"There is no run {config.name!r} to resume in {RUNS}.")
+    log = folder / "ranks"
+    options = ["--runs", str(RUNS), "--cache", str(CACHE), *(["--resume"] if resume else [])]
+    try:
+        _on(config, log, "trinity_lib.train", options, config.parallel.ranks, restarts)
+    except ranks.RanksFailed as failure:
+        record.failed(folder, str(failure))
+        if not (folder / "run.json").is_file() and str(log) not in str(failure):
+            shutil.rmtree(log)  # a run that is refused leaves nothing behind
+            folder.rmdir()
+        raise
+    return record.open_run(folder)
+
+
+def _rehearsed(config: RunConfig, gpu: str | None) -> xr.DataTree:
+    """Rehearse in another process, and write the folder that starts the run elsewhere."""
+    published = destination.published(config)
+    if published:
+        config = override(config, {"device": "cuda"})
+    folder = RUNS / config.name
+    options = ["--runs", str(RUNS), *(["--gpu", gpu] if gpu else [])]
+    _on(config, folder / "ranks", "trinity_lib.rehearse", options, 1, 0)
+    given = {"data": config.data.sources, "tokenizer": config.data.tokenizer}
+    commands = launch_folder.write(
+        folder / "launch",
+        config,
+        ranks=config.parallel.ranks,
+        per_node=PER_NODE if config.device == "cuda" else config.parallel.ranks,
+        name=f"{config.name}-run",
+        missing=[name for name, value in given.items() if published and not value],
+    )
+    run = record.open_run(folder)
+    print(
+        f"{run.attrs['parameters_total']:,} parameters, "
+        f"{run.attrs['parameters_active_with_embeddings'] / 1e9:.1f}B active\n"
+        f"{run.attrs['reason']}\nTo train it: {commands.torchrun}\nor: {commands.slurm}"
+    )
+    return run
+
+
+def _on(
+    config: RunConfig, log: Path, module: str, options: list[str], processes: int, restarts: int
+) -> None:
+    """Run a module with `config` on processes of its own, which end with this one."""
+    log.mkdir(parents=True, exist_ok=True)
+    file = log / "config.json"
+    file.write_text(to_json(config))
+    ranks.run(
+        [module, "--config", str(file), *options],
+        processes=processes,
+        log_folder=log,
+        restarts=restarts,
+        threads=config.threads,
+    )
+
+
+def _check_launch(given: Mapping[str, Any]) -> None:
+    require(given["restarts"] >= 0, "restarts", given["restarts"], "zero or more")
+    if given["gpu"] is not None:
+        gpus.find(given["gpu"])
+
+
+def _laid_out(config: RunConfig, given: Mapping[str, Any]) -> RunConfig:
+    """The scale's run on the device and the ranks that are asked for, or fit this machine."""
+    device, processes, shard = given["device"], given["processes"], given["shard"]
+    if device == "cuda":
+        right = "cpu: this machine has no CUDA GPU"
+        require(destination.gpus() > 0, "device", device, right)
+    if device is None:
+        device = "cuda" if destination.gpus() else "cpu"
+    config = override(config, {"device": device})
+    asked = {"processes": processes, "shard": shard, "batch": given["batch"]}
+    asked["expert_parallel"] = given["expert_parallel"]
+    if all(value is None for value in asked.values()):
+        rehearses = given["mode"] == "rehearse"
+        return config if rehearses else destination.on_this_machine(config)
+    for name, value in asked.items():
+        require(value is None or value >= 1, name, value, "at least 1")
+    if given["micro_batches"] is not None:
+        config = override(config, {"micro_batches": given["micro_batches"], "parallel": ONE})
+    old = config.parallel
+    total = processes or old.ranks
+    shard = shard or (min(old.shard, total) if processes is None else total)
+    require(total % shard == 0, "shard", shard, f"a divisor of processes ({total})")
+    experts = given["expert_parallel"] or (old.experts if shard % old.experts == 0 else 1)
+    right = f"a divisor of shard ({shard})"
+    require(shard % experts == 0, "expert_parallel", experts, right)
+    parallel = ParallelConfig(replicate=total // shard, shard=shard, experts=experts)
+    return destination.laid_out(config, parallel, given["batch"])
 
 
 def _to_resume(config: RunConfig, given: Mapping[str, Any]) -> RunConfig:
@@ -253,12 +394,19 @@ def describe(config: RunConfig) -> str:
     """One line on what is about to run."""
     model, router = config.model, config.model.router
     steps = sum(config.steps)
+    over = config.parallel
+    several = (
+        f", on {over.ranks:,} ranks (weights over {over.shard}, experts over {over.experts})"
+        if over.ranks > 1
+        else ""
+    )
     text = ", ".join(source.path for source in config.data.sources) or config.data.corpus
     return (
         f"{config.scale}: {router.num_experts} experts, top-{router.top_k}, "
         f"{model.num_layers} layers, {steps} steps of {config.phases[0].batch} x "
         f"{config.data.sequence_length} tokens, {config.optim.optimizer}, "
         f"balance {config.balance.method} at {config.balance.rate:g}, text: {text}"
+        f"{several}, on {config.device}"
     )
 
 

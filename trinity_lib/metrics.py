@@ -81,7 +81,13 @@ def dead_experts(run: xr.DataTree) -> xr.DataArray:
 
 
 def losses_table(run: xr.DataTree) -> pd.DataFrame:
-    """The last evaluation by domain, beside the unigram entropy and gzip -9."""
+    """The last evaluation by domain, beside the unigram entropy and gzip -9.
+
+    Of a rehearsal, GB on a GPU at the moments of a step, planned and traced.
+    """
+    if run.attrs["status"] == "rehearsed":
+        held = group(run, "rehearsed_memory").sum("part", skipna=False) / 1e9
+        return pd.DataFrame({f"{n}, GB a GPU": held[n] for n in held}, held.moment.values)
     last = group(run, "evaluation").isel(step=-1).sel(split="validation")
     table = {
         "loss, nat/token": last["loss"],
@@ -98,11 +104,31 @@ def losses_table(run: xr.DataTree) -> pd.DataFrame:
 
 def reading(run: xr.DataTree) -> str:
     """What a run shows, in sentences whose figures and verdicts come from the run."""
+    if run.attrs["status"] == "rehearsed":
+        return _rehearsal(run)
     parts = [_about(run), _learning(run), _balance(run), _experts(run), _heterogeneity(run)]
     notes = json.loads(run.attrs.get("warnings") or "[]")
     if run.attrs["status"] != "complete":
         parts.append(f"The run is not complete: {run.attrs['status']}.")
     return "\n\n".join([*parts, *(f"Warning: {note}" for note in notes)])
+
+
+def _rehearsal(run: xr.DataTree) -> str:
+    """What a rehearsal shows: nothing of learning."""
+    about, verdict = run.attrs, str(run.attrs["verdict"])
+    moved = group(run, "collectives")
+    sent = float(moved["sent"].sum())
+    return "\n\n".join(
+        [
+            about["reason"],
+            f"{about['parameters_total']:,} parameters, "
+            f"{about['parameters_active_with_embeddings'] / 1e9:.1f}B active; "
+            f"{about['parameters_a_rank']:,} on rank 0 of {about['ranks']:,}.",
+            str(about["summary"]),
+            f"{verdict[:1].upper()}{verdict[1:]}. Routing: {about['routing']}.",
+            f"A rank sends {sent / 1e9:,.0f} GB in an optimiser step.",
+        ]
+    )
 
 
 def _about(run: xr.DataTree) -> str:
@@ -114,6 +140,12 @@ def _about(run: xr.DataTree) -> str:
         f"{int(run.attrs['parameters_total']):,} parameters, "
         f"{int(run.attrs['parameters_active_with_embeddings']):,} of them active."
     )
+    if "tokens_per_second" in run.attrs:
+        pace = run.attrs["tokens_per_second"]
+        text += f" The median step trained {pace:,.0f} tokens a second"
+        if "mfu" in run.attrs:
+            text += f", {run.attrs['mfu']:.1%} of what {run.attrs['gpu']} GPUs can do (MFU)"
+        text += "."
     balance = json.loads(run.attrs["config"])["balance"]
     if balance["method"] == "smebu" and balance["rate"] != REPORT_LAMBDA:
         text += (

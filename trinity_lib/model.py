@@ -3,13 +3,14 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from trinity_lib import initial
 from trinity_lib.attention import (
     Attention,
     AttentionConfig,
@@ -295,19 +296,25 @@ class Trinity(nn.Module):
         Technical report, section 2.4: sigma = 0.5/sqrt(D) for every matrix, no scaling of
         residual outputs. Gains of QK-norm and the final norm are not published: 1.
         """
-        sigma = 0.5 / math.sqrt(self.config.width)
-        for module in self.modules():
-            if isinstance(module, RMSNorm):
-                module.weight_D.fill_(module.initial_gain)
-            elif isinstance(module, Router):
-                module.bias_E.zero_()
+        seed = initial.seed_of(generator)
         for name, parameter in self.named_parameters():
-            if name.endswith(".bias"):
-                parameter.zero_()
-            elif parameter.dim() > 1:
-                nn.init.trunc_normal_(
-                    parameter, std=sigma, a=-3 * sigma, b=3 * sigma, generator=generator
-                )
+            self.initialise_rows(name, parameter, seed)
+        for router in self.routers():
+            router.bias_E.zero_()
+
+    @torch.no_grad()
+    def initialise_rows(
+        self, name: str, rows: Tensor, seed: int, *, first: int = 0, total: int | None = None
+    ) -> None:
+        """`initialise` for rows `first` on of one parameter, which has `total` rows."""
+        if name.endswith(".bias"):
+            rows.zero_()
+        elif rows.dim() == 1:
+            norm: Any = self.get_submodule(name.rpartition(".")[0])
+            rows.fill_(norm.initial_gain)
+        else:
+            sigma = 0.5 / math.sqrt(self.config.width)
+            initial.draw(rows, name, seed=seed, sigma=sigma, first=first, total=total)
 
 
 class ParameterCount(NamedTuple):

@@ -3,17 +3,15 @@
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from trinity_lib.config import check, require
 from trinity_lib.experts import Experts
 from trinity_lib.model import Trinity
-
-NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
-"""Quintic coefficients of Jordan et al. 2024 (kellerjordan.github.io/posts/muon)."""
+from trinity_lib.muon import Muon, Owners
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,101 +126,25 @@ def rate(phases: Iterable[Phase], index: int, step: int, steps: int) -> float:
     return share * min(1.0, (step + 1) / phase.warmup) if phase.warmup else share
 
 
-class Muon(torch.optim.Optimizer):
-    """Momentum orthogonalised by Newton-Schulz; a 3-D weight is a batch of matrices.
-
-    Each expert is orthogonalised on its own. The rate of a matrix is lr times
-    sqrt(max(1, fan_out/fan_in)) (technical report, section 3.3). A group's `transposed`
-    says its matrices are stored [.., fan_in, fan_out] (the experts' down projection).
-    """
-
-    def __init__(
-        self,
-        params: Any,
-        lr: float,
-        *,
-        momentum: float = 0.95,
-        steps: int = 5,
-        weight_decay: float = 0.0,
-        idle_experts: str = "rest",
-    ) -> None:
-        defaults = {
-            "lr": lr,
-            "momentum": momentum,
-            "steps": steps,
-            "weight_decay": weight_decay,
-            "idle_experts": idle_experts,
-            "transposed": False,
-        }
-        super().__init__(params, defaults)
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.dim() not in (2, 3):
-                    raise ValueError(f"Muon takes matrices; a parameter has shape {p.shape}.")
-
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """Update every parameter that has a gradient."""
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is not None:
-                    self._update(p, group)
-
-    def _update(self, p: Tensor, group: dict[str, Any]) -> None:
-        assert p.grad is not None
-        state = self.state[p]
-        if not state:
-            state["momentum"] = torch.zeros_like(p)
-        buffer, beta = state["momentum"], group["momentum"]
-        moved = _matrices_with_gradient(p.grad, group["idle_experts"])
-        averaged = buffer.lerp(p.grad, 1 - beta)
-        update = orthogonalise(p.grad.lerp(averaged, beta), group["steps"])
-        fan_out, fan_in = p.shape[-2:]
-        if group["transposed"]:
-            fan_out, fan_in = fan_in, fan_out
-        lr = group["lr"]
-        change = update.mul_(lr * math.sqrt(max(1.0, fan_out / fan_in)))
-        change.add_(p, alpha=lr * group["weight_decay"])
-        if moved is None:
-            buffer.copy_(averaged)
-            p.sub_(change)
-        else:
-            buffer.copy_(torch.where(moved, averaged, buffer))
-            p.sub_(change.mul_(moved))
-
-
-def _matrices_with_gradient(grad: Tensor | None, idle_experts: str) -> Tensor | None:
-    """Which of a batch of matrices have any gradient, [E, 1, 1]; None where all move."""
-    if grad is None or grad.dim() == 2 or idle_experts == "move":
-        return None
-    return grad.abs().amax((-2, -1), keepdim=True) > 0
-
-
-def orthogonalise(matrices: Tensor, steps: int = 5) -> Tensor:
-    """The nearest semi-orthogonal matrices, roughly: singular values near 1.
-
-    Newton-Schulz over the last two axes, batched over the first; fp32 (float64 for
-    float64) on the CPU, where bf16 is slow, and bf16 on CUDA.
-    """
-    a, b, c = NEWTON_SCHULZ
-    dtype = torch.bfloat16 if matrices.is_cuda else matrices.dtype
-    x = matrices.to(dtype)
-    tall = x.shape[-2] > x.shape[-1]
-    x = x.mT if tall else x
-    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
-    for _ in range(steps):
-        gram = x @ x.mT
-        x = a * x + (b * gram + c * gram @ gram) @ x
-    return (x.mT if tall else x).to(matrices.dtype)
-
-
-def build(model: Trinity, config: OptimConfig) -> list[torch.optim.Optimizer]:
+def build(
+    model: Trinity,
+    config: OptimConfig,
+    weights: Mapping[str, Tensor] | None = None,
+    owners: Owners | None = None,
+) -> list[torch.optim.Optimizer]:
     """The optimisers of a model, each group with its peak rate under `peak`.
 
     Muon: matrices of attention, dense, shared and routed experts. AdamW: embedding, head,
     router and gains (the report says so for the first two and nothing of the others).
+    `weights` are what is updated, by name, where it is not the parameters themselves but
+    this rank's rows of them; then `owners` are needed too.
     """
+    names = {id(p): name for name, p in model.named_parameters()}
     matrices, transposed, rest = split(model)
+    if weights is not None:
+        matrices, transposed, rest = (
+            [weights[names[id(p)]] for p in part] for part in (matrices, transposed, rest)
+        )
     optimizers: list[torch.optim.Optimizer] = []
     if config.optimizer == "muon":
         groups = [
@@ -237,6 +159,7 @@ def build(model: Trinity, config: OptimConfig) -> list[torch.optim.Optimizer]:
                 steps=config.newton_schulz_steps,
                 weight_decay=config.weight_decay,
                 idle_experts=config.idle_experts,
+                owners=owners,
             )
         )
     else:
@@ -261,15 +184,15 @@ def build(model: Trinity, config: OptimConfig) -> list[torch.optim.Optimizer]:
     return optimizers
 
 
-def split(model: Trinity) -> tuple[list[nn.Parameter], list[nn.Parameter], list[nn.Parameter]]:
+def split(model: Trinity) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
     """(matrices stored [.., fan_out, fan_in], those stored transposed, everything else)."""
     down = {id(m.down_EFD) for m in model.modules() if isinstance(m, Experts)}
     other = {id(model.embedding.weight)}
     other |= set() if model.head is None else {id(model.head.weight)}
     other |= {id(router.weight_ED) for router in model.routers()}
-    matrices: list[nn.Parameter] = []
-    transposed: list[nn.Parameter] = []
-    rest: list[nn.Parameter] = []
+    matrices: list[Tensor] = []
+    transposed: list[Tensor] = []
+    rest: list[Tensor] = []
     for p in model.parameters():
         if p.dim() == 1 or id(p) in other:
             rest.append(p)
@@ -285,19 +208,21 @@ def set_rate(optimizers: Iterable[torch.optim.Optimizer], share: float) -> None:
             group["lr"] = group["peak"] * share
 
 
-def state_bytes(optimizers: Iterable[torch.optim.Optimizer]) -> int:
-    """Bytes of the optimisers' state once they have stepped: Muon's momentum, AdamW's two."""
+def state_values(optimizers: Iterable[torch.optim.Optimizer]) -> int:
+    """Numbers in the optimisers' state once they have stepped: Muon's momentum, AdamW's two."""
     return sum(
-        p.numel() * p.element_size() * (1 if isinstance(optimizer, Muon) else 2)
+        p.numel() * (1 if isinstance(optimizer, Muon) else 2)
         for optimizer in optimizers
         for group in optimizer.param_groups
         for p in group["params"]
     )
 
 
-def state_tensors(model: Trinity, optimizers: Iterable[torch.optim.Optimizer]) -> dict:
+def state_tensors(
+    weights: Mapping[str, Tensor], optimizers: Iterable[torch.optim.Optimizer]
+) -> dict[str, Tensor]:
     """Every tensor of the optimisers' state, named by optimiser, key and parameter."""
-    names = {id(p): name for name, p in model.named_parameters()}
+    names = {id(p): name for name, p in weights.items()}
     return {
         f"optimizer.{i}.{key}.{names[id(p)]}": value
         for i, optimizer in enumerate(optimizers)
@@ -307,13 +232,14 @@ def state_tensors(model: Trinity, optimizers: Iterable[torch.optim.Optimizer]) -
 
 
 def load_state_tensors(
-    model: Trinity, optimizers: Iterable[torch.optim.Optimizer], tensors: Mapping[str, Tensor]
+    weights: Mapping[str, Tensor],
+    optimizers: Iterable[torch.optim.Optimizer],
+    tensors: Mapping[str, Tensor],
 ) -> None:
     """Put back what `state_tensors` gave; each value goes where its parameter is."""
-    parameters = dict(model.named_parameters())
     every = list(optimizers)
     for name, value in tensors.items():
         if name.startswith("optimizer."):
             _, i, key, parameter = name.split(".", 3)
-            p = parameters[parameter]
+            p = weights[parameter]
             every[int(i)].state[p][key] = value.to(p.device)

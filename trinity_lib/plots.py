@@ -1,7 +1,8 @@
 """Figures of a run, each readable without the text around it; drawn from run files alone."""
 
+import functools
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -13,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
-from trinity_lib import loads, metrics
+from trinity_lib import loads, metrics, plots_rehearsal
 from trinity_lib.metrics import group
 
 SMOOTH = 20
@@ -22,7 +23,27 @@ MOST_PANELS = 6
 RATELESS = ("none", "quantile", "bip", "sinkhorn", "expert_choice", "hash")
 """Balancers without a step size."""
 
+Draw = Callable[[xr.DataTree], Figure]
 
+
+def _of_training(missing: str = "") -> Callable[[Draw], Draw]:
+    """A figure of training; of a rehearsal, that there is none of `missing`, or its memory."""
+
+    def decorate(draw: Draw) -> Draw:
+        @functools.wraps(draw)
+        def drawn(run: xr.DataTree) -> Figure:
+            if run.attrs["status"] != "rehearsed":
+                return draw(run)
+            return (
+                plots_rehearsal.banner(run, missing) if missing else plots_rehearsal.memory(run)
+            )
+
+        return drawn
+
+    return decorate
+
+
+@_of_training()
 def loss(run: xr.DataTree) -> Figure:
     """Training loss, validation loss per domain, and the learning rate behind them."""
     figure, axes = _figure(1, width=9, height=4.5)
@@ -53,6 +74,7 @@ def loss(run: xr.DataTree) -> Figure:
     return _done(figure)
 
 
+@_of_training("bits per byte")
 def losses(run: xr.DataTree) -> Figure:
     """Bits per byte of the model beside gzip -9 on the same validation bytes."""
     table = metrics.losses_table(run)
@@ -70,6 +92,7 @@ def losses(run: xr.DataTree) -> Figure:
     return _done(figure)
 
 
+@_of_training("expert loads")
 def expert_load(run: xr.DataTree) -> Figure:
     """Heat maps over time of every expert's load, one a layer, experts sorted at the end."""
     count = group(run, "routing")["count"]
@@ -86,6 +109,7 @@ def expert_load(run: xr.DataTree) -> Figure:
     return _done(figure)
 
 
+@_of_training("MaxVio")
 def max_vio(run: xr.DataTree) -> Figure:
     """MaxVio of every layer over time, with what chance alone would show."""
     figure, axes = _figure(1, width=9, height=4)
@@ -101,6 +125,7 @@ def max_vio(run: xr.DataTree) -> Figure:
     return _done(figure)
 
 
+@_of_training("biases")
 def bias(run: xr.DataTree) -> Figure:
     """Selection bias of every expert over time, coloured by its final load."""
     bias_, count = group(run, "routing")["bias"], group(run, "routing")["count"]
@@ -123,6 +148,7 @@ def bias(run: xr.DataTree) -> Figure:
     return _done(figure)
 
 
+@_of_training("experts in use")
 def experts_in_use(run: xr.DataTree) -> Figure:
     """Dead and effective experts of every layer over a window long enough to tell."""
     load = metrics.rolling_load(run)
@@ -146,6 +172,7 @@ def experts_in_use(run: xr.DataTree) -> Figure:
     return _done(figure)
 
 
+@_of_training("BatchHet")
 def batch_het(run: xr.DataTree) -> Figure:
     """BatchHet of every step, with the mean of each phase."""
     train = group(run, "train")

@@ -33,14 +33,21 @@ class Progress:
     """Counts steps; call `step` after each, `note` for what should stay on the screen."""
 
     def __init__(
-        self, total: int, every: int, name: str, done: int = 0, unit: str = "step"
+        self,
+        total: int,
+        every: int,
+        name: str,
+        done: int = 0,
+        unit: str = "step",
+        *,
+        silent: bool = False,
     ) -> None:
-        self.unit = unit
+        self.unit, self.silent = unit, silent
         self.total, self.every, self.done, self.before = total, every, done, done
         self.begun = time.monotonic()
-        terminal = sys.stderr.isatty()
+        terminal = sys.stderr.isatty() and not silent
         self.bar = tqdm(total=total, desc=name, unit=unit, initial=done) if terminal else None
-        if self.bar is None:
+        if self.bar is None and not silent:
             begun = f", from {unit} {done}" if done else ""
             print(f"{name}: {total} {unit}s{begun}", flush=True)
 
@@ -55,7 +62,7 @@ class Progress:
         if self.bar is not None:
             self.bar.set_postfix_str("  ".join(facts), refresh=False)
             self.bar.update()
-        elif self.done % self.every == 0 or self.done == self.total:
+        elif not self.silent and (self.done % self.every == 0 or self.done == self.total):
             pace = self.seconds / (self.done - self.before)
             left = pace * (self.total - self.done)
             count = f"{self.unit} {self.done:>{len(str(self.total))}}/{self.total}"
@@ -73,7 +80,7 @@ class Progress:
         line = f"  validation, nats per token: {text}"
         if self.bar is not None:
             self.bar.write(line, file=sys.stderr)
-        else:
+        elif not self.silent:
             print(line, flush=True)
 
     def close(self) -> None:

@@ -28,6 +28,8 @@ from trinity_lib.schema import SCHEMA, SCHEMA_VERSION, TABLES, Variable
 
 ENGINE: Any = "h5netcdf"
 ROOT = Path(__file__).resolve().parent.parent
+WHOLE = ("complete", "rehearsed")
+"""How a run ends that becomes one file."""
 DAMAGE = (OSError, LookupError, ValueError, TypeError, AttributeError, RuntimeError)
 """What readers raise on a file that is torn or foreign."""
 
@@ -165,9 +167,9 @@ class Writer:
         self._pending, self._tables = {g: [] for g in SCHEMA}, {}
 
     def close(self, status: str, reason: str = "") -> Path:
-        """Record how the run ended; a complete run becomes one file, which is returned."""
+        """Record how the run ended; a whole run becomes one file, which is returned."""
         self.attributes |= {"status": status, "reason": reason, "finished_at": _now()}
-        if status != "complete":
+        if status not in WHOLE:
             try:
                 self.flush()
             finally:  # how it ended is small, and may fit where a shard does not
@@ -208,6 +210,30 @@ class Writer:
         used = {d for variable in variables.values() for d in variable.dims} - {"step"}
         labels: dict[str, Any] = {name: self.coordinates[name] for name in sorted(used)}
         return xr.Dataset(data, {**(coordinates or {}), **labels})
+
+
+class Onlooker:
+    """What ranks other than the first have for a writer: it writes nothing."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.whole: xr.DataTree | None = xr.DataTree()
+
+    def annotate(self, **attributes: Any) -> None:
+        """Nothing."""
+
+    def append(self, group: str, step: int, values: Mapping[str, Any]) -> None:
+        """Nothing."""
+
+    def table(self, group: str, values: Mapping[str, Any]) -> None:
+        """Nothing."""
+
+    def flush(self) -> None:
+        """Nothing."""
+
+    def close(self, status: str, reason: str = "") -> Path:
+        """Nothing; where the run will be."""
+        return self.folder
 
 
 def open_run(path: str | os.PathLike) -> xr.DataTree:
@@ -270,6 +296,20 @@ def open_runs(pattern: str, group: str = "train", *, rehearsed: bool = False) ->
         datasets, "run", join="outer", coords="minimal", compat="override", data_vars="all"
     )
     return joined.assign_coords(runs)
+
+
+def failed(folder: Path, reason: str) -> None:
+    """Write down that a run whose processes are gone has failed; nothing where none is there.
+
+    One that said itself how it ended is left as it is.
+    """
+    if not (folder / "run.json").is_file() or disk.locked(folder / "lock"):
+        return
+    about = read_attributes(folder)
+    if about["status"] == "running":
+        about |= {"status": "failed", "reason": reason, "finished_at": _now()}
+        text = json.dumps(about, indent=1)
+        disk.replace(folder / "run.json", lambda path: path.write_text(text))
 
 
 def read_attributes(folder: Path) -> dict[str, Any]:

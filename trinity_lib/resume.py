@@ -10,7 +10,7 @@ from trinity_lib.optim import Phase
 from trinity_lib.record import read_attributes
 from trinity_lib.run import RunConfig, schedule
 
-FREE = ("name", "phases")
+FREE = ("name", "phases", "parallel")
 """Settings that a comparison leaves out: phases are compared step by step, as far as done."""
 
 
@@ -50,17 +50,19 @@ def configuration(folder: Path) -> RunConfig:
         ) from error
 
 
-def compare(config: RunConfig, old: RunConfig, folder: Path) -> int:
+def compare(
+    config: RunConfig, old: RunConfig, folder: Path, part: int = 0, parts: int = 1
+) -> int:
     """The step to go on from, 0 for the start; BadValue where it would be another run.
 
-    The checkpoint of that step is verified, to the last byte.
+    The checkpoint of that step is verified, to the last byte; by `parts` ranks together.
     `steps` may change as long as every step that is done stays what it was.
     """
     _require_same(config, old, folder)
     latest = checkpoint.newest(folder)
     if latest is None:
         return 0
-    done = checkpoint.verify(latest)["step"]
+    done = checkpoint.verify(latest, part, parts)["step"]
     plan, before = schedule(config), schedule(old)
     if len(plan) < done:
         raise BadValue(
@@ -106,7 +108,7 @@ def _require_same(config: RunConfig, old: RunConfig, folder: Path) -> None:
     if changed:
         raise BadValue(
             f"The run {folder.name!r} cannot be resumed so: {'; '.join(changed)}. Only steps "
-            "may change on resume."
+            "and the ranks may change on resume."
         )
 
 

@@ -1,7 +1,7 @@
 """What decides a run: its configuration, and the schedule of steps that follows from it."""
 
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, Literal, NamedTuple
 
@@ -10,6 +10,7 @@ from trinity_lib.balance import BalanceConfig
 from trinity_lib.config import check, digest, require
 from trinity_lib.data import DataConfig
 from trinity_lib.experts import Backend
+from trinity_lib.mesh import ParallelConfig
 from trinity_lib.model import ModelConfig
 from trinity_lib.optim import OptimConfig, Phase
 
@@ -41,7 +42,9 @@ class RunConfig:
     z_loss: float = 1e-6
     """Weight of the z-loss on the output logits."""
     micro_batches: int = 1
-    """Pieces a step's batch is split into; gradients are accumulated."""
+    """Pieces a step's batch is split into, which ranks share; gradients are accumulated."""
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    """How the run is laid out over ranks."""
     recompute: bool = False
     """Recompute activations in backward instead of keeping them."""
     evaluate_every: int = 50
@@ -91,6 +94,11 @@ class RunConfig:
         )
         for name in (*counts, "checkpoint_every", "keep"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        ranks = self.parallel.ranks
+        right = f"a multiple of the {ranks} ranks"
+        require(self.micro_batches % ranks == 0, "micro_batches", self.micro_batches, right)
+        right = "false where a run has several ranks"
+        require(ranks == 1 or not self.compile, "compile", self.compile, right)
         require(self.z_loss >= 0, "z_loss", self.z_loss, "zero or more")
         require(self.spike > 0, "spike", self.spike, "above zero")
         for phase in self.phases:

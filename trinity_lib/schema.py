@@ -38,6 +38,22 @@ SCHEMA: dict[str, dict[str, Variable]] = {
         "seconds": Variable(_STEP, "f8", "s", "wall time of the step"),
         "phase": Variable(_STEP, "i8", "1", "phase of the schedule"),
     },
+    "posttrain": {
+        "stage": Variable(_STEP, "i8", "1", "number of the stage, from 0"),
+        "loss": Variable(_STEP, "f8", "nat", "what the stage minimises; of grpo no unit"),
+        "accuracy": Variable(
+            _STEP, "f8", "1", "share right: next tokens (sft), pairs (dpo), answers (grpo)"
+        ),
+        "margin": Variable(_STEP, "f8", "nat", "implicit reward, chosen less rejected (dpo)"),
+        "reward": Variable(_STEP, "f8", "1", "mean reward of sampled answers (grpo)"),
+        "kl": Variable(_STEP, "f8", "nat", "divergence from the reference, per token (grpo)"),
+        "clipped": Variable(_STEP, "f8", "1", "share of tokens that the clip stops (grpo)"),
+        "learning_rate": Variable(_STEP, "f8", "1", "as a share of pre-training's peak"),
+        "grad_norm": Variable(_STEP, "f8", "1", "gradient norm before clipping"),
+        "max_vio": Variable(_STEP, "f8", "1", "MaxVio, mean over layers"),
+        "batch_tokens": Variable(_STEP, "i8", "token", "tokens routed in this step"),
+        "seconds": Variable(_STEP, "f8", "s", "wall time of the step"),
+    },
     "layers": {
         "max_vio": Variable(_LAYER, "f8", "1", "MaxVio: highest load over mean load, less 1"),
         "min_vio": Variable(_LAYER, "f8", "1", "MinVio: 1 less lowest load over mean load"),
@@ -94,19 +110,36 @@ SCHEMA: dict[str, dict[str, Variable]] = {
 }
 """Groups and variables along steps; each group has its own `step`.
 
-/choices is written where a run was asked to record its choices.
+/choices is written where a run was asked to record its choices; /posttrain takes /train's
+place after pre-training, with NaN for what a stage has not.
 """
 
 _TRIAL, _TRIAL_LAYER = ("trial",), ("trial", "trial_layer")
 _TIME = (*_TRIAL, "time")
 _MADE, _TOKEN = ("tokens", "routing"), ("probe_token",)
 _TIMED = ("backend", *_MADE, "direction", "repetition")
+_MARK, _ASKED = ("moment", "task"), ("question",)
+_GPU, _STORED, _ARTICLE, _SUM = ("gpu",), ("gpu", "precision"), ("article",), ("reckoning",)
+_HOSTED = ("card", "host", "precision")
+_PART, _OPERATOR = ("moment", "part"), ("direction", "operator")
+_COLLECTIVE = ("collective",)
 
 TABLES: dict[str, dict[str, Variable]] = {
     "probe_tokens": {
         "token": Variable(_TOKEN, "i8", "1", "token of the probe"),
         "next": Variable(_TOKEN, "i8", "1", "the token after it; -1 at a document's end"),
         "domain_number": Variable(_TOKEN, "i8", "1", "number of its domain, from 0"),
+    },
+    "answers": {
+        "accuracy": Variable(_MARK, "f8", "1", "share of right answers; NaN: not asked yet"),
+        "formed": Variable(_MARK, "f8", "1", "share of answers of the form asked for"),
+        "questions": Variable(("task",), "i8", "1", "held-out questions"),
+    },
+    "transcripts": {
+        "subject": Variable(_ASKED, "str", "1", "task of the question"),
+        "asked": Variable(_ASKED, "str", "1", "the question"),
+        "wanted": Variable(_ASKED, "str", "1", "the right answer"),
+        "said": Variable(("moment", *_ASKED), "str", "1", "the greedy answer"),
     },
     "trials": {
         "key": Variable(_TRIAL, "str", "1", "the run, the same for the same run"),
@@ -219,9 +252,102 @@ TABLES: dict[str, dict[str, Variable]] = {
             (*_MADE, "repetition"), "f8", "FLOP/s", "rate of one dense matrix product beside it"
         ),
     },
+    "gpus": {
+        "memory": Variable(_GPU, "f8", "byte", "memory"),
+        "bf16": Variable(_GPU, "f8", "FLOP/s", "dense bf16 matrix products"),
+        "fp8": Variable(_GPU, "f8", "FLOP/s", "dense fp8 matrix products; NaN: has none"),
+        "fp4": Variable(_GPU, "f8", "FLOP/s", "dense fp4 matrix products; NaN: has none"),
+        "bandwidth": Variable(_GPU, "f8", "byte/s", "of its memory"),
+        "link": Variable(_GPU, "f8", "byte/s", "to its neighbours, both ways together"),
+        "host": Variable(_GPU, "f8", "byte/s", "from the host's memory, one way"),
+        "price": Variable(_GPU, "f8", "dollar/h", "assumed where none is given"),
+        "source": Variable(_GPU, "str", "1", "where the vendor publishes this"),
+        "price_source": Variable(_GPU, "str", "1", "whose price"),
+    },
+    "memory": {
+        "bytes": Variable(
+            ("moment", "part"), "f8", "byte", "on the rank with most, at moments of a step"
+        ),
+    },
+    "flops": {
+        "forward": Variable(("operation",), "f8", "FLOP", "forward operations of a token"),
+    },
+    "cost": {
+        "days": Variable(("efficiency",), "f8", "day", "of training"),
+        "dollars": Variable(("efficiency", "price"), "f8", "dollar", "of training"),
+    },
+    "reckonings": {
+        "parameters": Variable(_SUM, "f8", "1", "N of 6ND; NaN: counted from the shapes"),
+        "operations": Variable(_SUM, "f8", "FLOP", "of the whole run"),
+        "rate": Variable(_SUM, "f8", "FLOP/s", "of each GPU, if the run took `days`"),
+        "efficiency": Variable(_SUM, "f8", "1", "the same as a share of dense bf16"),
+    },
+    "fits": {
+        "training_gpus": Variable(_GPU, "i8", "1", "fewest GPUs that train; 0: no number"),
+        "training_bytes": Variable(_GPU, "f8", "byte", "peak there on the rank with most"),
+        "training_experts": Variable(_GPU, "i8", "1", "ranks that share a layer's experts"),
+        "bits": Variable(("precision",), "f8", "bit", "a weight, scales included"),
+        "inference_gpus": Variable(_STORED, "i8", "1", "fewest GPUs of weights and cache"),
+        "decoding": Variable(
+            _STORED, "f8", "token/s", "one sequence at most, on so many GPUs: memory traffic"
+        ),
+    },
+    "offload": {
+        "resident": Variable((), "f8", "byte", "must stay on the GPU: no routed experts"),
+        "experts": Variable(("precision",), "f8", "byte", "all routed experts"),
+        "cached": Variable(
+            ("card", "precision"), "f8", "1", "share of them that has room on the GPU"
+        ),
+        "bandwidth": Variable(
+            ("card", "host"), "f8", "byte/s", "at which experts in the host's memory are read"
+        ),
+        "host_bound": Variable(_HOSTED, "f8", "token/s", "if nothing but the host took time"),
+        "decoding": Variable(_HOSTED, "f8", "token/s", "one sequence at most"),
+    },
+    "traffic": {
+        "read": Variable(("sequences",), "f8", "1", "parameters that a decoding step reads"),
+    },
+    "published": {
+        "published": Variable(("quantity",), "f8", "1", "what is published"),
+        "computed": Variable(("quantity",), "f8", "1", "what the shapes give"),
+        "unit": Variable(("quantity",), "str", "1", "of both"),
+    },
+    "articles": {
+        "said": Variable(_ARTICLE, "f8", "1", "the number that is said"),
+        "figure": Variable(_ARTICLE, "f8", "1", "the number that the shapes give"),
+        "unit": Variable(_ARTICLE, "str", "1", "of both"),
+        "verdict": Variable(_ARTICLE, "str", "1", "in a word or two"),
+        "finding": Variable(_ARTICLE, "str", "1", "what is right"),
+    },
+    "parameters": {
+        "whole": Variable(("kind",), "i8", "1", "parameters of the model"),
+        "rank_0": Variable(("kind",), "i8", "1", "held by rank 0, read off the sharded model"),
+        "least": Variable(("kind",), "i8", "1", "on the rank that holds least of all kinds"),
+        "most": Variable(("kind",), "i8", "1", "on the rank that holds most"),
+    },
+    "rehearsed_memory": {
+        "planned": Variable(_PART, "f8", "byte", "on the rank with most; NaN: not planned"),
+        "traced": Variable(_PART, "f8", "byte", "on rank 0, where the moment is fullest"),
+    },
+    "operations": {
+        "planned": Variable(_OPERATOR, "f8", "FLOP", "a micro-batch; NaN: not planned"),
+        "traced": Variable(
+            _OPERATOR, "f8", "FLOP", "of a micro-batch, or of the optimisers, on rank 0"
+        ),
+    },
+    "collectives": {
+        "ranks": Variable(_COLLECTIVE, "i8", "1", "that take part"),
+        "calls": Variable(_COLLECTIVE, "i8", "1", "of rank 0 in an optimiser step"),
+        "bytes": Variable(
+            _COLLECTIVE, "f8", "byte", "buffers of all calls: gathered, to be summed, or sent"
+        ),
+        "sent": Variable(_COLLECTIVE, "f8", "byte", "what leaves rank 0, by ring algorithms"),
+    },
 }
 """Groups without a step: each is written whole.
 
-/probe_tokens is a training run's; /trials, /results and /claims are a study's, whose layers
-count from the first MoE layer; /agreement and /speed are those of a run that measures kernels.
+/probe_tokens is a training run's; /answers and /transcripts are post-training's, before its
+first stage and after each; /trials, /results and /claims are a study's, whose layers
+count from the first MoE layer; /agreement and /speed are those of a run that measures kernels;
+/gpus to /articles are a plan's; /parameters to /collectives a rehearsal's.
 """

@@ -1,14 +1,13 @@
 """What a run holds while it lasts: built before its first step, saved, and restored."""
 
+import contextlib
 import hashlib
-import json
-import os
 import time
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -22,20 +21,24 @@ from trinity_lib import (
     evaluate,
     hub,
     optim,
+    parallel,
+    preflight,
     probe,
     replay,
     resume,
     rows,
-    tokenizer,
+    shards,
 )
 from trinity_lib.allocator import keep_memory
 from trinity_lib.checkpoint import State
-from trinity_lib.config import BadValue, Refusal, differences, require, to_json
+from trinity_lib.config import BadValue, Refusal, require, to_json
 from trinity_lib.data import Loaded
 from trinity_lib.experts import backend_info, use_backend
+from trinity_lib.mesh import Layout
 from trinity_lib.model import Output, Trinity, count_parameters
+from trinity_lib.parallel import Sharded
 from trinity_lib.progress import Progress
-from trinity_lib.record import Claim, Writer, provenance, read_attributes
+from trinity_lib.record import Claim, Onlooker, Writer, provenance
 from trinity_lib.run import RunConfig, named
 from trinity_lib.tokenizer import Vocabulary
 
@@ -53,6 +56,8 @@ class Session:
     model: Trinity
     forward: Callable[..., Output]
     """The model, compiled where that was asked for."""
+    sharded: Sharded | None
+    """The model's pieces, where the run has several ranks."""
     balancer: balance.Balancer
     optimizers: list[torch.optim.Optimizer]
     rows: rows.Rows
@@ -60,32 +65,66 @@ class Session:
     probed: probe.Probe
     vocabulary: Vocabulary
     choices: replay.Choices | None
-    writer: Writer
+    writer: Writer | Onlooker
     progress: Progress
     step: int = 0
     tokens: int = 0
     flushed: float = field(default_factory=time.monotonic)
     losses: list[float] = field(default_factory=list)
+    paces: list[float] = field(default_factory=list)
+    """Tokens per second of every step of this process."""
     looked: probe.Look | None = None
     """The last look at the probe."""
+    saving: shards.Saving | None = None
+    """A checkpoint of several ranks that is being written."""
+
+    @property
+    def layout(self) -> Layout | None:
+        """This process's place among the ranks of the run."""
+        return None if self.sharded is None else self.sharded.layout
+
+    @property
+    def weights(self) -> dict[str, torch.Tensor]:
+        """What this process holds of every parameter."""
+        if self.sharded is not None:
+            return self.sharded.weights
+        return dict(self.model.named_parameters())
 
 
-def start(config: RunConfig, runs: Path, cache: Path, *, resumes: bool = False) -> Session:
+class Claimed(NamedTuple):
+    """A run's folder, and who may write it."""
+
+    folder: Path
+    begun: bool
+    """Whether the run was begun before."""
+    claim: Claim | None
+    """Rank 0's alone."""
+
+    def release(self) -> None:
+        """Give the run up."""
+        if self.claim is not None:
+            self.claim.release()
+
+
+def start(
+    config: RunConfig,
+    runs: Path,
+    cache: Path,
+    *,
+    resumes: bool = False,
+    layout: Layout | None = None,
+) -> Session:
     """Data, model and writer of a run: a new one, or one that goes on from its checkpoint.
 
     Everything that can be refused is, before a step is trained; a new run that is refused
-    leaves nothing behind.
+    leaves nothing behind. With a `layout` this process is one of several ranks,
+    and the run has a name that all of them know.
     """
     config = named(config)
-    _require_memory(config)
+    preflight.require_memory(config)
+    claim = _claimed(runs / config.name, resumes, layout)
     try:
-        claim = Claim(runs / config.name, resume=resumes)
-    except OSError as error:
-        if isinstance(error, Refusal):
-            raise
-        raise BadValue(f"{runs} cannot be written: {error.strerror}.") from error
-    try:
-        return _build(config, claim, cache)
+        return _build(config, claim, cache, layout)
     except BaseException as error:
         claim.release()
         if isinstance(error, Refusal):
@@ -97,17 +136,33 @@ def start(config: RunConfig, runs: Path, cache: Path, *, resumes: bool = False) 
         raise
 
 
-def _build(config: RunConfig, claim: Claim, cache: Path) -> Session:
+def _claimed(folder: Path, resumes: bool, layout: Layout | None) -> Claimed:
+    """Rank 0 claims the run; the others hear of it."""
+    claim = None
+    if layout is None or layout.rank == 0:
+        try:
+            claim = Claim(folder, resume=resumes)
+        except OSError as error:
+            if isinstance(error, Refusal):
+                raise
+            raise BadValue(f"{folder.parent} cannot be written: {error.strerror}.") from error
+    begun = claim is not None and claim.begun
+    return Claimed(folder, begun if layout is None else layout.shared(begun), claim)
+
+
+def _build(config: RunConfig, claim: Claimed, cache: Path, layout: Layout | None) -> Session:
     old = resume.configuration(claim.folder) if claim.begun else None
-    step = resume.compare(config, old, claim.folder) if old else 0
+    part = (0, 1) if layout is None else (layout.rank, layout.ranks)
+    step = resume.compare(config, old, claim.folder, *part) if old else 0
     latest = checkpoint.newest(claim.folder) if step else None
     if config.init and not claim.begun:
         checkpoint.check(Path(config.init))
-    loaded = data.load(config.data, config.model.vocab_size, cache)
+    with contextlib.nullcontext() if layout is None else layout.leaders_first():
+        loaded = data.load(config.data, config.model.vocab_size, cache)
     facts = replay.hashes(loaded.sha256, loaded.vocabulary.sha256)
     if claim.begun:
-        _require_same_text(claim.folder, facts)
-        _require_same_backend(claim.folder, config)
+        preflight.require_same_text(claim.folder, facts)
+        preflight.require_same_backend(claim.folder, config)
     choices = replay.load(config, facts) if config.replay else None
     stream = rows.Stream(loaded.train, config.seed)
     for phase in config.phases:
@@ -116,22 +171,26 @@ def _build(config: RunConfig, claim: Claim, cache: Path) -> Session:
     held_out = _held_out(config, loaded)
     probed = probe.choose(held_out, config.probe_tokens)
 
-    model = new_model(config, loaded.vocabulary) if latest is None else _loaded(config, latest)
-    optimizers = optim.build(model, config.optim)
-    _require_space(config, claim.folder, model, optimizers)
-    balancer = new_balancer(config)
+    sharded = None if layout is None else new_sharded(config, layout, loaded.vocabulary)
+    if sharded is not None:
+        model = sharded.model
+    elif latest is None or shards.are_in(latest):
+        model = new_model(config, loaded.vocabulary)
+    else:
+        model = _loaded(config, latest)
+    optimizers = _optimizers(config, model, sharded)
+    if claim.claim is not None:
+        preflight.require_space(config, claim.folder)
+    balancer = new_balancer(config, layout)
     balancer.bias_LE = torch.stack([router.bias_E for router in model.routers()]).clone()
-    writer = Writer(
-        claim.folder,
-        {**_attributes(config, loaded, claim.begun), **facts},
-        _coordinates(config, list(held_out), int(probed.valid_T.sum())),
-        claim=claim,
-        resume_at=step if claim.begun else None,
-    )
+    attributes = {**_attributes(config, loaded, claim.begun), **facts}
+    coordinates = _coordinates(config, list(held_out), int(probed.valid_T.sum()))
+    writer = _writer(claim, attributes, coordinates, step)
     writer.table("probe_tokens", probed.table)
     session = Session(
         config=config,
         model=model,
+        sharded=sharded,
         forward=torch.compile(model.forward, dynamic=False) if config.compile else model,
         balancer=balancer,
         optimizers=optimizers,
@@ -141,18 +200,41 @@ def _build(config: RunConfig, claim: Claim, cache: Path) -> Session:
         vocabulary=loaded.vocabulary,
         choices=choices,
         writer=writer,
-        progress=Progress(sum(config.steps), config.log_every, config.name, step),
+        progress=_progress(config, step, layout),
     )
     if latest is not None:
-        _restore(session, checkpoint.load_state(latest))
-    for warning in (*loaded.warnings, *_fallback(config)):
+        _restore(session, _state_in(latest, session))
+    for warning in (*loaded.warnings, *preflight.fallback(config)):
         warnings.warn(warning, stacklevel=4)
     return session
 
 
-def new_balancer(config: RunConfig) -> balance.Balancer:
+def _progress(config: RunConfig, step: int, layout: Layout | None) -> Progress:
+    silent = layout is not None and layout.rank > 0
+    return Progress(sum(config.steps), config.log_every, config.name, step, silent=silent)
+
+
+def _writer(
+    claim: Claimed, attributes: dict[str, Any], coordinates: dict[str, Any], step: int
+) -> Writer | Onlooker:
+    """Rank 0 writes the run, from `step` on where it was begun before."""
+    if claim.claim is None:
+        return Onlooker(claim.folder)
+    at = step if claim.begun else None
+    return Writer(claim.folder, attributes, coordinates, claim=claim.claim, resume_at=at)
+
+
+def _optimizers(
+    config: RunConfig, model: Trinity, sharded: Sharded | None
+) -> list[torch.optim.Optimizer]:
+    if sharded is None:
+        return optim.build(model, config.optim)
+    return optim.build(model, config.optim, sharded.weights, parallel.Owners(sharded))
+
+
+def new_balancer(config: RunConfig, layout: Layout | None = None) -> balance.Balancer:
     """The run's balancer before its first step."""
-    return balancers.build(
+    made = balancers.build(
         config.balance,
         num_layers=len(config.model.moe_layers),
         num_experts=config.model.router.num_experts,
@@ -160,7 +242,33 @@ def new_balancer(config: RunConfig) -> balance.Balancer:
         vocab_size=config.model.vocab_size,
         seed=config.seed,
         device=config.device,
+        rank=0 if layout is None else layout.rank,
+        ranks=config.parallel.ranks,
     )
+    if layout is not None:
+        made.together = layout.sum
+    return made
+
+
+def new_sharded(
+    config: RunConfig, layout: Layout, vocabulary: Vocabulary | None = None
+) -> Sharded:
+    """`new_model` over ranks, each of which has its own rows of the same first weights."""
+    sharded = parallel.shard(
+        config.model,
+        layout,
+        dtype=getattr(torch, config.dtype),
+        products=preflight.products_dtype(config),
+    )
+    if config.init:
+        folder = Path(config.init)
+        checkpoint.check(folder)
+        preflight.require_alike(config, folder, vocabulary)
+        hub.load(folder, into=sharded)
+    else:
+        parallel.initialise(sharded, torch.Generator().manual_seed(config.seed))
+    use_backend(sharded.model, config.experts, preflight.products_dtype(config))
+    return sharded
 
 
 def new_model(config: RunConfig, vocabulary: Vocabulary | None = None) -> Trinity:
@@ -168,7 +276,7 @@ def new_model(config: RunConfig, vocabulary: Vocabulary | None = None) -> Trinit
     if config.init:
         folder = Path(config.init)
         model = checkpoint.load(folder)
-        _require_alike(config, folder, vocabulary)
+        preflight.require_alike(config, folder, vocabulary)
     else:
         with torch.device("meta"):  # the modules' own initialisation would use the global RNG
             model = Trinity(config.model)
@@ -184,7 +292,7 @@ def state_of(session: Session) -> State:
         **{f"{BALANCER}{k}": v for k, v in session.balancer.state().items()},
         "rows.tokens": torch.from_numpy(tokens.astype(np.int32)),
         "rows.ends": torch.from_numpy(ends),
-        **optim.state_tensors(session.model, session.optimizers),
+        **optim.state_tensors(session.weights, session.optimizers),
     }
     if session.looked is not None:  # churn is counted from one look to the next
         tensors |= {
@@ -195,16 +303,30 @@ def state_of(session: Session) -> State:
     return State({**counters, "losses": losses, "rows": facts}, tensors)
 
 
+def _state_in(folder: Path, session: Session) -> State:
+    """What a verified checkpoint holds beside the weights, whoever wrote it, for this process.
+
+    Weights that are there in shards come into the model too.
+    """
+    if shards.are_in(folder):
+        return shards.load(folder, session.weights, session.sharded)
+    if session.sharded is None:
+        return checkpoint.load_state(folder)
+    hub.load(folder, into=session.sharded)
+    return checkpoint.load_state(folder, session.sharded.pieces)
+
+
 def _restore(session: Session, state: State) -> None:
     facts, tensors = state
     session.step, session.tokens = facts["step"], facts["tokens"]
     session.losses = list(facts["losses"])
     session.balancer.load_state(under(BALANCER, tensors))
+    session.model.load_bias(session.balancer.bias_LE)
     if looked := under(LOOKED, tensors):
         session.looked = probe.Look(**{k: v.numpy() for k, v in looked.items()})
     unread, ends = tensors["rows.tokens"].numpy(), tensors["rows.ends"].numpy()
     session.rows.restore(facts["rows"], unread, ends)
-    optim.load_state_tensors(session.model, session.optimizers, tensors)
+    optim.load_state_tensors(session.weights, session.optimizers, tensors)
 
 
 def under(prefix: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -221,13 +343,8 @@ def _placed(config: RunConfig, model: Trinity) -> Trinity:
     model = model.to(device=config.device, dtype=getattr(torch, config.dtype))
     for router in model.routers():
         router.bias_E = router.bias_E.float()
-    use_backend(model, config.experts, products_dtype(config))
+    use_backend(model, config.experts, preflight.products_dtype(config))
     return model
-
-
-def products_dtype(config: RunConfig) -> torch.dtype:
-    """What matrices are multiplied in: bf16 on CUDA, the weights' dtype on the CPU."""
-    return torch.bfloat16 if config.device == "cuda" else getattr(torch, config.dtype)
 
 
 def _held_out(config: RunConfig, loaded: Loaded) -> dict[str, evaluate.Domain]:
@@ -238,90 +355,6 @@ def _held_out(config: RunConfig, loaded: Loaded) -> dict[str, evaluate.Domain]:
         )
         for name, documents in loaded.validation.items()
     }
-
-
-def _require_alike(config: RunConfig, folder: Path, vocabulary: Vocabulary | None) -> None:
-    unused = ("load_balance_coeff", "max_positions")
-    changed = differences(hub.read_config(folder), config.model, unused)
-    if changed:
-        raise BadValue(
-            f"init is {config.init!r}, a checkpoint of another model: {'; '.join(changed)}."
-        )
-    has_one = (folder / tokenizer.FILE).is_file()
-    if not has_one and not config.data.tokenizer:
-        raise BadValue(f"init is {config.init!r}, which has no tokenizer.json: give tokenizer.")
-    theirs = checkpoint.load_vocabulary(folder) if has_one else vocabulary
-    if theirs is not None and vocabulary is not None and theirs.sha256 != vocabulary.sha256:
-        raise BadValue(
-            f"init is {config.init!r}, whose tokenizer is another than this run's: give "
-            f"tokenizer={config.init}."
-        )
-
-
-def _require_same_text(folder: Path, facts: dict[str, str]) -> None:
-    old = read_attributes(folder)
-    for name, value in facts.items():
-        if old.get(name) != value:
-            what = name.removesuffix("_sha256")
-            raise BadValue(
-                f"The run {folder.name!r} cannot be resumed: its {what} has changed "
-                f"({name} is {value[:12]} and was {str(old.get(name))[:12]})."
-            )
-
-
-def _fallback(config: RunConfig) -> list[str]:
-    """A sentence where `auto` would have computed the experts with a faster backend."""
-    dtype = products_dtype(config)
-    info = backend_info(config.experts, config.device, dtype)
-    wanted = "megablocks" if config.device == "cuda" else "native"
-    if config.experts != "auto" or info["backend"] == wanted or dtype == torch.float64:
-        return []
-    return [f"{info['backend']} computes the experts, not {wanted}: {info[wanted]}."]
-
-
-def _require_same_backend(folder: Path, config: RunConfig) -> None:
-    old = json.loads(read_attributes(folder)["experts_backend"])["backend"]
-    now = backend_info(config.experts, config.device, products_dtype(config))["backend"]
-    if old != now:
-        raise BadValue(
-            f"The run {folder.name!r} cannot be resumed to the bit: {old} computed its "
-            f"experts, and here {now} would; `python -m trinity_lib.experts` says why."
-        )
-
-
-def _require_memory(config: RunConfig) -> None:
-    """Weights, gradients and momentum must fit, whatever the rest takes."""
-    width = 8 if config.dtype == "float64" else 4
-    needed = 3 * width * count_parameters(config.model).total
-    there, what = memory(config.device)
-    if needed > there:
-        raise BadValue(
-            f"scale {config.scale!r} needs {needed / 1e9:,.0f} GB for weights, gradients and "
-            f"momentum; this machine has {there / 1e9:,.0f} GB of {what}: take a smaller scale."
-        )
-
-
-def memory(device: str) -> tuple[int, str]:
-    """Bytes of the GPU's memory or of the machine's, and what to call it."""
-    if device == "cuda":
-        return torch.cuda.get_device_properties(0).total_memory, "GPU memory"
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), "memory"
-
-
-def _require_space(
-    config: RunConfig, folder: Path, model: Trinity, optimizers: list[torch.optim.Optimizer]
-) -> None:
-    """Room for every checkpoint that is kept and one being written, and recorded choices."""
-    one = sum(t.numel() * t.element_size() for t in model.state_dict().values())
-    one += optim.state_bytes(optimizers)
-    copies = len(config.phases) + config.keep + 1
-    needed = copies * one
-    if config.record_choices:
-        layers, top_k = len(config.model.moe_layers), config.model.router.top_k
-        needed += 4 * layers * top_k * sum(phase.tokens for phase in config.phases)
-    there = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    what = f"{copies} checkpoints of {one / 1e6:,.1f} MB"
-    disk.require_space(folder, needed - there, what)
 
 
 def _coordinates(config: RunConfig, domains: list[str], probed: int) -> dict[str, Any]:
@@ -353,12 +386,14 @@ def _attributes(config: RunConfig, loaded: Loaded, begun: bool) -> dict[str, Any
         "config_sha256": hashlib.sha256(text.encode()).hexdigest(),
         "device": config.device,
         "threads": config.threads,
-        "experts_backend": backend_info(config.experts, config.device, products_dtype(config)),
+        "experts_backend": backend_info(
+            config.experts, config.device, preflight.products_dtype(config)
+        ),
         "allocator": keep_memory() if config.device == "cpu" else "torch's CUDA allocator",
         "parameters_total": count.total,
         "parameters_active": count.active,
         "parameters_active_with_embeddings": count.active_with_embeddings,
-        "warnings": [*loaded.warnings, *_fallback(config)],
+        "warnings": [*loaded.warnings, *preflight.fallback(config)],
         "documents": loaded.summary,
         "text": [str(source.path) for source in config.data.sources] or config.data.corpus,
     }

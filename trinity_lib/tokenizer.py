@@ -12,6 +12,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from trinity_lib import disk
 from trinity_lib.config import BadValue, Missing, first_line
+from trinity_lib.corpus import Corpus
 from trinity_lib.sources import Texts
 
 BEGIN, END = "<|begin|>", "<|end|>"
@@ -127,8 +128,11 @@ def _content(mark: Any) -> str | None:
     return name
 
 
-def train(texts: Sequence[str], vocab_size: int) -> Vocabulary:
-    """Byte-level BPE with isolated digits; the same texts give the same tokenizer."""
+def train(texts: Sequence[str], vocab_size: int, words: Sequence[str] = ()) -> Vocabulary:
+    """Byte-level BPE with isolated digits; the same texts give the same tokenizer.
+
+    Each of `words`, where a blank precedes it, is one token.
+    """
     tokenizer = Tokenizer(models.BPE())
     digits = pre_tokenizers.Digits(individual_digits=True)
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -141,8 +145,36 @@ def train(texts: Sequence[str], vocab_size: int) -> Vocabulary:
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
+    if words:
+        tokenizer = _with_words(tokenizer, vocab_size, words)
     tokenizer.encode_special_tokens = True  # a mark spelled out in a text is text
     return Vocabulary(tokenizer, BEGIN, END)
+
+
+def _with_words(tokenizer: Tokenizer, vocab_size: int, words: Sequence[str]) -> Tokenizer:
+    """The same with whole words in place of the last merges, as many as they need."""
+    content = json.loads(tokenizer.to_str())
+    vocab, merges = content["model"]["vocab"], content["model"]["merges"]
+    whole = dict.fromkeys(f"\u0120{word}" for word in words)  # how byte-level BPE spells blanks
+    size = len(vocab)
+    while size and size + sum(vocab.get(word, size) >= size for word in whole) > vocab_size:
+        size -= 1
+    kept = {token: number for token, number in vocab.items() if number < size}
+    if any(byte not in kept for byte in pre_tokenizers.ByteLevel.alphabet()):
+        raise BadValue(
+            f"vocab_size is {vocab_size}; it must be at least {258 + len(whole)}, for single "
+            f"bytes and {len(whole)} whole words."
+        )
+    for word in whole:
+        kept.setdefault(word, len(kept))
+    content["model"] |= {
+        "vocab": kept,
+        "merges": [
+            pair for pair in merges if "".join(pair) in kept and vocab["".join(pair)] < size
+        ],
+        "ignore_merges": True,
+    }
+    return Tokenizer.from_str(json.dumps(content))
 
 
 def of_corpus(corpus: Texts, vocab_size: int, cache: Path) -> Vocabulary:
@@ -156,7 +188,8 @@ def of_corpus(corpus: Texts, vocab_size: int, cache: Path) -> Vocabulary:
         tokenizer.encode_special_tokens = True
         return Vocabulary(tokenizer, BEGIN, END)
     print(f"training a tokenizer of {vocab_size} entries, once: {file}", flush=True)
-    vocabulary = train(corpus.sample(SAMPLE_CHARACTERS), vocab_size)
+    words = corpus.words if isinstance(corpus, Corpus) else ()
+    vocabulary = train(corpus.sample(SAMPLE_CHARACTERS), vocab_size, words)
     if vocabulary.size != vocab_size:
         raise BadValue(
             f"vocab_size is {vocab_size}; it must be at most {vocabulary.size}, what this "

@@ -19,7 +19,8 @@ from trinity_lib.model import Trinity
 from trinity_lib.record import ENGINE
 from trinity_lib.run import RunConfig
 from trinity_lib.session import BALANCER, new_balancer, under
-from trinity_lib.train import TrainingFailed, reproducible, train
+from trinity_lib.step import TrainingFailed
+from trinity_lib.train import reproducible, train
 
 STAGE = "base"
 """The checkpoint that a run of one phase ends with."""

@@ -1,0 +1,150 @@
+"""Muon: momentum orthogonalised, one matrix at a time, whole experts by batches."""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
+"""Quintic coefficients of Jordan et al. 2024 (kellerjordan.github.io/posts/muon)."""
+
+
+class Owners(Protocol):
+    """Ranks that hold a matrix by rows, and make it whole on one of them for a moment."""
+
+    @property
+    def ranks(self) -> int:
+        """How many, and so how many matrices come together."""
+
+    def shape(self, rows: Tensor) -> torch.Size:
+        """Of the whole matrix that a parameter's rows belong to."""
+
+    def apply(
+        self,
+        parts: Sequence[Tensor],
+        shapes: Sequence[torch.Size],
+        whole: Callable[[Tensor], Tensor],
+    ) -> list[Tensor]:
+        """`whole` of each matrix, in rows again."""
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum orthogonalised by Newton-Schulz; a 3-D weight is a batch of matrices.
+
+    Each expert is orthogonalised on its own. The rate of a matrix is lr times
+    sqrt(max(1, fan_out/fan_in)) (technical report, section 3.3). A group's `transposed`
+    says its matrices are stored [.., fan_in, fan_out] (the experts' down projection).
+    Where a parameter is this rank's rows of a matrix, `owners` makes it whole for a moment.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float,
+        *,
+        momentum: float = 0.95,
+        steps: int = 5,
+        weight_decay: float = 0.0,
+        idle_experts: str = "rest",
+        owners: Owners | None = None,
+    ) -> None:
+        self.owners = owners
+        defaults = {
+            "lr": lr,
+            "momentum": momentum,
+            "steps": steps,
+            "weight_decay": weight_decay,
+            "idle_experts": idle_experts,
+            "transposed": False,
+        }
+        super().__init__(params, defaults)
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.dim() not in (2, 3):
+                    raise ValueError(f"Muon takes matrices; a parameter has shape {p.shape}.")
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """Update every parameter that has a gradient."""
+        for group in self.param_groups:
+            split = []
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                if self.owners is not None and p.dim() == 2:
+                    split.append(p)
+                    continue
+                ahead, moved = self._averaged(p, group)
+                update = orthogonalise(ahead, group["steps"])
+                _apply(p, p.shape, update, moved, group)
+            if self.owners is not None:
+                self._step_together(split, group, self.owners)
+
+    def _step_together(
+        self, split: Sequence[Tensor], group: dict[str, Any], owners: Owners
+    ) -> None:
+        for i in range(0, len(split), owners.ranks):
+            some = split[i : i + owners.ranks]
+            shapes = [owners.shape(p) for p in some]
+            updates = owners.apply(
+                [self._averaged(p, group)[0] for p in some],
+                shapes,
+                lambda matrix: orthogonalise(matrix, group["steps"]),
+            )
+            for p, shape, update in zip(some, shapes, updates, strict=True):
+                _apply(p, shape, update, None, group)
+
+    def _averaged(self, p: Tensor, group: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
+        """Nesterov's look ahead of the momentum, which moves; which matrices of a batch do."""
+        assert p.grad is not None
+        state = self.state[p]
+        if not state:
+            state["momentum"] = torch.zeros_like(p)
+        buffer, beta = state["momentum"], group["momentum"]
+        moved = _matrices_with_gradient(p.grad, group["idle_experts"])
+        averaged = buffer.lerp(p.grad, 1 - beta)
+        buffer.copy_(averaged if moved is None else torch.where(moved, averaged, buffer))
+        return p.grad.lerp(averaged, beta), moved
+
+
+def _apply(
+    p: Tensor,
+    shape: Sequence[int],
+    update: Tensor,
+    moved: Tensor | None,
+    group: dict[str, Any],
+) -> None:
+    fan_out, fan_in = shape[-2:]
+    if group["transposed"]:
+        fan_out, fan_in = fan_in, fan_out
+    lr = group["lr"]
+    change = update.mul_(lr * math.sqrt(max(1.0, fan_out / fan_in)))
+    change.add_(p, alpha=lr * group["weight_decay"])
+    p.sub_(change if moved is None else change.mul_(moved))
+
+
+def _matrices_with_gradient(grad: Tensor | None, idle_experts: str) -> Tensor | None:
+    """Which of a batch of matrices have any gradient, [E, 1, 1]; None where all move."""
+    if grad is None or grad.dim() == 2 or idle_experts == "move":
+        return None
+    return grad.abs().amax((-2, -1), keepdim=True) > 0
+
+
+def orthogonalise(matrices: Tensor, steps: int = 5) -> Tensor:
+    """The nearest semi-orthogonal matrices, roughly: singular values near 1.
+
+    Newton-Schulz over the last two axes, batched over the first; fp32 (float64 for
+    float64) on the CPU, where bf16 is slow, and bf16 on CUDA.
+    """
+    a, b, c = NEWTON_SCHULZ
+    dtype = torch.bfloat16 if matrices.is_cuda else matrices.dtype
+    x = matrices.to(dtype)
+    tall = x.shape[-2] > x.shape[-1]
+    x = x.mT if tall else x
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return (x.mT if tall else x).to(matrices.dtype)
