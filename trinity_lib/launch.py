@@ -104,8 +104,7 @@ def configure(
     given = _converted(locals())
     refuse_unknown(given)
     require(scale in recipes.SCALES, "scale", scale, f"one of {', '.join(recipes.SCALES)}")
-    config = recipes.SCALES[scale]()
-    config = _laid_out(config, given)
+    config = _laid_out(recipes.SCALES[scale](), given)
     _check_launch(given)
     rehearsed = destination.destination(config, mode) == "rehearsal"
     published = destination.published(config)

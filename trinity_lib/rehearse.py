@@ -180,6 +180,7 @@ def _attributes(config: RunConfig, planned: Plan, held: Held, traced: Trace) -> 
         "layers_traced": config.model.num_layers,
         "operators_traced": traced.operators,
         "routing": ROUTING,
+        "balance_traced": traced.balance,
         "traced": TRACED,
     }
 

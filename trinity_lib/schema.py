@@ -1,22 +1,9 @@
 """Every group and variable of a run file: dimensions, dtype, units, meaning."""
 
-from typing import NamedTuple
+from trinity_lib.stage_schema import STAGES
+from trinity_lib.variable import Variable
 
 SCHEMA_VERSION = "3"
-
-
-class Variable(NamedTuple):
-    """How one variable is stored."""
-
-    dims: tuple[str, ...]
-    """Dimensions, `step` first where the group has one."""
-    dtype: str
-    """numpy dtype."""
-    units: str
-    """Units, "1" for a pure number."""
-    long_name: str
-    """What it is."""
-
 
 _STEP, _LAYER = ("step",), ("step", "layer")
 _EXPERT, _DOMAIN = ("step", "layer", "expert"), ("step", "split", "domain")
@@ -343,11 +330,13 @@ TABLES: dict[str, dict[str, Variable]] = {
         ),
         "sent": Variable(_COLLECTIVE, "f8", "byte", "what leaves rank 0, by ring algorithms"),
     },
+    **STAGES,
 }
 """Groups without a step: each is written whole.
 
 /probe_tokens is a training run's; /answers and /transcripts are post-training's, before its
 first stage and after each; /trials, /results and /claims are a study's, whose layers
 count from the first MoE layer; /agreement and /speed are those of a run that measures kernels;
-/gpus to /articles are a plan's; /parameters to /collectives a rehearsal's.
+/gpus to /articles are a plan's; /parameters to /collectives a rehearsal's; those of
+`stage_schema` compare stages of one model.
 """

@@ -120,15 +120,17 @@ def _micro_batch(
     if balance_loss is not None:
         objective = objective + balance_loss / len(batch.tokens_BS)
         sums.balance += balance_loss.item()
+    routing = output.routing
+    del output  # the logits need not live through backward
     objective.backward()
     sums.cross_entropy += loss.cross_entropy.item()
     sums.z += loss.z.item()
     sums.means[part] = loss.cross_entropy.item() / max(1, int(loss.tokens))
     valid_T = documents_BS.flatten() >= 0
-    sums.loads.append(load(output.routing, valid_T))
-    sums.statistics.append(balancer.observe(output.routing, valid_T))
+    sums.loads.append(load(routing, valid_T))
+    sums.statistics.append(balancer.observe(routing, valid_T))
     if config.record_choices:
-        sums.choices[part] = torch.stack([r.experts_TK for r in output.routing])
+        sums.choices[part] = torch.stack([r.experts_TK for r in routing])
 
 
 def _together(session: Session, sums: Sums) -> Together:

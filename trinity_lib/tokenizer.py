@@ -180,7 +180,8 @@ def _with_words(tokenizer: Tokenizer, vocab_size: int, words: Sequence[str]) -> 
 def of_corpus(corpus: Texts, vocab_size: int, cache: Path) -> Vocabulary:
     """The corpus's own tokenizer of `vocab_size` entries, trained once and cached.
 
-    Raises BadValue where the text does not yield that many entries.
+    Raises BadValue where the text does not yield that many entries; a corpus with words to be
+    held whole may yield fewer.
     """
     file = cache / f"tokenizer-{vocab_size}-{corpus.sha256[:12]}.json"
     if file.exists():
@@ -190,7 +191,7 @@ def of_corpus(corpus: Texts, vocab_size: int, cache: Path) -> Vocabulary:
     print(f"training a tokenizer of {vocab_size} entries, once: {file}", flush=True)
     words = corpus.words if isinstance(corpus, Corpus) else ()
     vocabulary = train(corpus.sample(SAMPLE_CHARACTERS), vocab_size, words)
-    if vocabulary.size != vocab_size:
+    if vocabulary.size != vocab_size and not words:  # whole words leave rows over
         raise BadValue(
             f"vocab_size is {vocab_size}; it must be at most {vocabulary.size}, what this "
             "text yields, and at least 258."

@@ -23,7 +23,7 @@ from torch._subclasses.fake_tensor import (
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from trinity_lib import guise, operators, optim, parallel
-from trinity_lib.balance import Balancer
+from trinity_lib.balance import BalanceConfig, Balancer
 from trinity_lib.config import BadValue
 from trinity_lib.experts import use_backend
 from trinity_lib.footprint import Memory, Moment
@@ -32,6 +32,7 @@ from trinity_lib.losses import token_loss
 from trinity_lib.mesh import Layout, ParallelConfig
 from trinity_lib.model import Trinity
 from trinity_lib.parallel import Sharded
+from trinity_lib.routing import Routing
 from trinity_lib.run import RunConfig
 from trinity_lib.session import new_balancer
 
@@ -41,7 +42,7 @@ MOMENTS: tuple[Literal["forward"] | Moment, ...] = (
     "forward", "loss", "block", "embedding", "step",
 )  # fmt: skip
 """`footprint`'s, and the whole of forward."""
-EARLY = "early"
+EARLY = "first micro-batch"
 """The phase of a first micro-batch."""
 OPERATORS = ("products", "attention", "experts")
 """Matrix products, attention's scores and sums of values, and the routed experts."""
@@ -60,6 +61,8 @@ class Trace(NamedTuple):
     """Of a whole optimiser step."""
     operators: int
     """How many were dispatched."""
+    balance: str
+    """The balancer's method: the run's, or `none` where that one looks at values."""
 
 
 @contextlib.contextmanager
@@ -86,34 +89,43 @@ def shard(config: RunConfig, layout: Layout) -> Sharded:
 
 
 def step(config: RunConfig, sharded: Sharded, rows: int, say: Callable[[str], object]) -> Trace:
-    """Trace a step whose micro-batches have `rows` rows; `sharded` is used up.
-
-    BadValue for a balancer that looks at values.
-    """
+    """Trace a step whose micro-batches have `rows` rows; `sharded` is used up."""
     ledger = Ledger(operators.FORMULAS, operators.WORKSPACES, say)
     ledger.rules = operators.rules(
         ledger, rows * config.data.sequence_length, config.model.vocab_size
     )
     begins: dict[str, int] = {}
     with FakeTensorMode(allow_non_fake_inputs=True), guise.Guise():
-        sharded = _faked(sharded)
-        balancer = new_balancer(replace(config, device="cpu"), sharded.layout)
+        sharded = faked(sharded)
+        balancer = _balancer(config, sharded.layout)
         with ledger:
             ledger.enter_all(sharded.weights.values(), "weights")
             optimizers = _optimise(config, sharded, ledger, begins)
-            try:
-                _micro_batches(config, sharded, balancer, rows, ledger, begins)
-            except (DataDependentOutputException, DynamicOutputShapeException) as error:
-                right = "one that does not look at values, which a rehearsal has not"
-                raise BadValue(
-                    f"balance is {config.balance.method!r}; it must be {right}."
-                ) from error
+            _micro_batches(config, sharded, balancer, rows, ledger, begins)
             begins["end"] = ledger.now
         del optimizers  # their state was to be there until now
-    return _result(config, ledger, begins)
+    return _result(config, ledger, begins, balancer.config.method)
 
 
-def _faked(sharded: Sharded) -> Sharded:
+def _balancer(config: RunConfig, layout: Layout) -> Balancer:
+    """The run's, or none where it looks at values."""
+    config = replace(config, device="cpu")
+    balancer = new_balancer(config, layout)
+    router, layers = config.model.router, len(config.model.moe_layers)
+    documents_BS = torch.zeros(1, router.num_experts, dtype=torch.int64)
+    scores_TE = torch.empty(router.num_experts, router.num_experts, requires_grad=True)
+    try:
+        balancer.begin(documents_BS, documents_BS)
+        ranked = balancer.select(scores_TE.detach(), 0)
+        if ranked.is_floating_point():
+            ranked = ranked.topk(router.top_k).indices
+        balancer.loss([Routing(scores_TE, ranked, scores_TE)] * layers, documents_BS)
+    except (DataDependentOutputException, DynamicOutputShapeException):
+        return new_balancer(replace(config, balance=BalanceConfig(method="none")), layout)
+    return balancer
+
+
+def faked(sharded: Sharded) -> Sharded:
     """The same with fake tensors where it had none: FSDP wants a device that computes."""
     model = sharded.model.to_empty(device="cpu")
     use_backend(model, "torch", PRODUCTS)
@@ -167,10 +179,13 @@ def _micro_batches(
     if _times(config) > 1:
         model.set_requires_all_reduce(False)
         _micro_batch(config, sharded.model, balancer, rows, ledger, (EARLY, EARLY))
+        ledger.rename(("working", "unreduced"), "gradients")  # nothing else outlives it
         model.set_requires_all_reduce(True)
     _notice(sharded.model, ledger, begins)
     begins["forward"] = ledger.now
     _micro_batch(config, sharded.model, balancer, rows, ledger, ("forward", "backward"))
+    parallel.gradients(sharded)
+    ledger.enter_all((p.rows.grad for p in sharded.pieces.values()), "gradients")
 
 
 def _micro_batch(
@@ -194,12 +209,12 @@ def _micro_batch(
             replay=None if chosen_LTK is None else chosen_LTK.unbind(),
             recompute=config.recompute,
         )
-    ledger.rename(("working", "exchange"), "kept")
     loss = token_loss(output.logits, targets_BS)
     objective = loss.cross_entropy + config.z_loss * loss.z
     balance_loss = balancer.loss(output.routing, documents_BS)
     if balance_loss is not None:
         objective = objective + balance_loss / rows
+    ledger.rename(("working", "exchange"), "kept")
     ledger.phase = phases[1]
     guise.backward(objective)
 
@@ -230,7 +245,9 @@ def _notice(model: Trinity, ledger: Ledger, begins: dict[str, int]) -> None:
     model.blocks[0].register_forward_pre_hook(before_blocks)
 
 
-def _result(config: RunConfig, ledger: Ledger, begins: Mapping[str, int]) -> Trace:
+def _result(
+    config: RunConfig, ledger: Ledger, begins: Mapping[str, int], balance: str
+) -> Trace:
     order = ("step", "early", "forward", "loss", "block", "embedding", "end")  # as they came
     after = dict(itertools.pairwise(order))
     memory: dict[str, Memory] = {}
@@ -240,7 +257,7 @@ def _result(config: RunConfig, ledger: Ledger, begins: Mapping[str, int]) -> Tra
     flops: Counter[tuple[str, str]] = Counter()
     for (phase, operator), operations in ledger.flops.items():
         flops[phase, operators.KINDS.get(operator, "products")] += operations
-    return Trace(memory, flops, _of_a_step(config, ledger.traffic), ledger.operators)
+    return Trace(memory, flops, _of_a_step(config, ledger.traffic), ledger.operators, balance)
 
 
 def _of_a_step(
