@@ -150,7 +150,7 @@ def test_a_run_of_one_process_goes_on_on_two(
     np.testing.assert_array_equal(run["routing"]["count"], alone["routing"]["count"])
 
 
-@pytest.mark.parametrize("method", ["quantile", "bip", "dropout", "global"])
+@pytest.mark.parametrize("method", ["quantile", "dropout", "global"])
 def test_what_other_balancers_add_up_is_summed_over_ranks(
     method: str, twenty: RunConfig, runs: Path, cache: Path
 ) -> None:
