@@ -311,7 +311,7 @@ class Trinity(nn.Module):
             rows.zero_()
         elif rows.dim() == 1:
             norm: Any = self.get_submodule(name.rpartition(".")[0])
-            rows.fill_(norm.initial_gain)
+            rows.fill_(float(torch.tensor(norm.initial_gain)))  # fp32, as all are drawn
         else:
             sigma = 0.5 / math.sqrt(self.config.width)
             initial.draw(rows, name, seed=seed, sigma=sigma, first=first, total=total)
