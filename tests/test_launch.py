@@ -2,6 +2,9 @@
 
 import inspect
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pandas as pd
@@ -10,7 +13,7 @@ from IPython.core.interactiveshell import InteractiveShell
 
 from tests.test_resume import cut
 from tests.test_tokenizer import foreign
-from trinity_lib import destination, disk, launch, recipes
+from trinity_lib import destination, disk, launch, metrics, plots, recipes, record
 from trinity_lib.config import Refusal
 from trinity_lib.record import Claim
 from trinity_lib.train import CACHE, train
@@ -400,3 +403,29 @@ def test_the_notebook_has_exactly_these_parameters() -> None:
     (tagged,) = [c for c in cells if "parameters" in c["metadata"].get("tags", [])]
     names = [line.split(":")[0] for line in "".join(tagged["source"]).splitlines()]
     assert names == list(inspect.signature(launch.configure).parameters)
+
+
+def test_a_rehearsals_folder_trains_as_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The toy's, on two ranks: only the scale is another than in a rehearsal of Large."""
+    monkeypatch.setattr(launch, "RUNS", tmp_path)
+    config = launch.configure(scale="toy", mode="rehearse", processes=2, steps=2, name="r")
+    run = launch.run(config, mode="rehearse")
+    assert run.attrs["status"] == "rehearsed" and run.attrs["ranks"] == 2
+    assert run.attrs["reason"].startswith("REHEARSED, NOT TRAINED: it needs 2 ")
+    for draw in (plots.loss, plots.expert_load):
+        figure = draw(run)
+        words = [axis.get_title() for axis in figure.axes]
+        words += [text.get_text() for text in figure.texts]
+        assert any("REHEARSED, NOT TRAINED" in each for each in words)
+    assert "NOT TRAINED" in metrics.reading(run) and len(metrics.losses_table(run))
+    script = tmp_path / "r" / "launch" / "torchrun.sh"
+    done = subprocess.run(
+        ["bash", str(script), "--runs", str(tmp_path)],
+        env={**os.environ, "PYTHON": sys.executable},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    assert record.open_run(tmp_path / "r-run.nc").attrs["status"] == "complete"
