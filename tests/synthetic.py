@@ -23,7 +23,7 @@ def run(
     when = {"train": steps, "layers": steps, "routing": steps, "evaluation": 3}
     groups = {}
     for name, variables in SCHEMA.items():
-        if name in ("choices", "probe"):
+        if name not in when:
             continue
         at = np.linspace(0 if name == "evaluation" else 1, steps, when[name]).astype(int)
         data = {}
