@@ -13,6 +13,7 @@ import xarray as xr
 from trinity_lib.config import require
 from trinity_lib.variable import Variable
 
+_FOUND = ("finding",)
 _TENSOR, _MOVE = ("tensor",), ("change", "tensor")
 _LAYER, _EXPERT = ("stage", "layer"), ("stage", "layer", "expert")
 _CHANGED, _MOVED = ("change", "layer"), ("change", "layer", "expert")
@@ -20,6 +21,19 @@ _BLOCK, _ASKED = ("stage", "block"), ("stage", "measure")
 _RANK = "exponential of the entropy of the singular values of the change"
 
 STAGES: dict[str, dict[str, Variable]] = {
+    "findings": {
+        "of_stage": Variable(_FOUND, "str", "1", "the checkpoint it is of, or oracle"),
+        "asked_as": Variable(_FOUND, "str", "1", "text: as in the text; chat: as a question"),
+        "family": Variable(_FOUND, "str", "1", "the audit"),
+        "item": Variable(_FOUND, "str", "1", "what the figure is of"),
+        "measure": Variable(_FOUND, "str", "1", "its name and unit"),
+        "truth": Variable(_FOUND, "f8", "1", "by the generator of the text; NaN: none"),
+        "estimate": Variable(_FOUND, "f8", "1", "of the model"),
+        "low": Variable(_FOUND, "f8", "1", "lower end of the 95% interval"),
+        "high": Variable(_FOUND, "f8", "1", "upper end of the 95% interval"),
+        "chance": Variable(_FOUND, "f8", "1", "of a model that knows nothing; NaN: none"),
+        "units": Variable(_FOUND, "i8", "1", "clusters the interval rests on"),
+    },
     "weight_drift": {
         "module": Variable(_TENSOR, "str", "1", "which part of a layer, or of the model"),
         "tensor_layer": Variable(_TENSOR, "i8", "1", "its layer; -1: of none"),
