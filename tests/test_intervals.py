@@ -48,7 +48,7 @@ def test_a_proportion_is_never_certain() -> None:
 
 
 def test_a_bootstrap_resamples_clusters(rng: np.random.Generator) -> None:
-    """Ten copies of each of twenty values are twenty units; by rows it would be far too sure."""
+    """Ten copies of each of twenty values are twenty units; rows would be too sure."""
     values = rng.normal(size=20)
     rows = np.repeat(values, 10)
     clusters = [str(i) for i in np.repeat(np.arange(20), 10)]
