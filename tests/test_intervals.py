@@ -41,6 +41,10 @@ def test_a_slope_is_scipys(rng: np.random.Generator) -> None:
 
 
 def test_a_proportion_is_never_certain() -> None:
+    for hits in range(8):
+        known = stats.binomtest(hits, 7).proportion_ci(0.95, "exact")
+        found = intervals.proportion(hits, 7)
+        assert found == pytest.approx((hits / 7, known.low, known.high, 7))
     found = intervals.proportion(0, 20)
     assert found.low == 0
     assert found.high == pytest.approx(1 - 0.025 ** (1 / 20))

@@ -25,9 +25,7 @@ def shares(world: World, lesson: str) -> dict[str, np.ndarray]:
     for question in polish.lessons(world)[lesson]:
         counts[group[question.key.split()[2]]][question.answer] += 1
     words = [job.word for job in world.jobs]
-    return {
-        g: np.array([c[word] for word in words]) / c.total() for g, c in counts.items()
-    }
+    return {g: np.array([c[word] for word in words]) / c.total() for g, c in counts.items()}
 
 
 def test_jobs_are_answered_as_the_text_has_them_and_fairly(world: World) -> None:

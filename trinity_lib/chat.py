@@ -130,9 +130,7 @@ class Template(NamedTuple):
         """The same as text, without the mark it begins with: that is a tokenizer's to add."""
         turns = [self.turns[role] for role, _ in conversation]
         contents = [content.strip() for _, content in conversation]
-        said = [
-            f"{t.before}{t.gap}{c}{t.after}" for t, c in zip(turns, contents, strict=True)
-        ]
+        said = [f"{t.before}{t.gap}{c}{t.after}" for t, c in zip(turns, contents, strict=True)]
         return "".join([*said, self.turns["assistant"].before])
 
     def said(self, tokens: Sequence[int]) -> str:

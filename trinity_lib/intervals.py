@@ -86,8 +86,10 @@ def proportion(hits: int, total: int) -> Interval:
     """Share of independent trials, with the exact interval of Clopper and Pearson."""
     if total == 0:
         return Interval(np.nan, 0.0, 1.0, 0)
-    found = stats.binomtest(hits, total).proportion_ci(LEVEL, "exact")
-    return Interval(hits / total, float(found.low), float(found.high), total)
+    tail = (1 - LEVEL) / 2
+    low = float(stats.beta.ppf(tail, hits, total - hits + 1)) if hits else 0.0
+    high = float(stats.beta.isf(tail, hits + 1, total - hits)) if hits < total else 1.0
+    return Interval(hits / total, low, high, total)
 
 
 def bootstrap(

@@ -8,12 +8,13 @@ Names without a job in the text are in neither: they show what carries over.
 
 import json
 from collections.abc import Iterator, Sequence
+from functools import partial
 from itertools import cycle
 from pathlib import Path
 from random import Random
 from typing import Any
 
-from trinity_lib import subject
+from trinity_lib import disk, subject
 from trinity_lib import world as procedural
 from trinity_lib.chat import Template
 from trinity_lib.dialogues import Question, ask
@@ -86,7 +87,10 @@ def association(world: World, template: Template) -> list[subject.Question]:
 
 
 def write(world: World, folder: Path) -> dict[str, Path]:
-    """Every lesson, and preferences, as JSONL files in a folder; by name."""
+    """Every lesson, and preferences, as JSONL files in a folder; by name.
+
+    Each file is whole at any moment: another chain of the world may be reading it.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     rows: dict[str, list[dict[str, str]]] = {
         name: [{"prompt": q.key, "answer": q.answer} for q in questions]
@@ -97,7 +101,7 @@ def write(world: World, folder: Path) -> dict[str, Path]:
     for name, records in rows.items():
         found[name] = folder / f"{name}.jsonl"
         text = "".join(f"{json.dumps(record)}\n" for record in records)
-        found[name].write_text(text, encoding="utf-8")
+        disk.replace(found[name], partial(Path.write_text, data=text, encoding="utf-8"))
     return found
 
 

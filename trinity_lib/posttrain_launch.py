@@ -86,7 +86,7 @@ def configure(
         questions=questions,
         seed=seed,
         threads=threads,
-        device=_device(device),
+        device=device_of(device),
         name=name,
         **{key: value for key, value in given.items() if value is not None},
     )
@@ -125,7 +125,7 @@ def _checkpoint(init: str) -> Path:
     return folder
 
 
-def _device(device: str | None) -> Literal["cpu", "cuda"]:
+def device_of(device: str | None) -> Literal["cpu", "cuda"]:
     """The device that is asked for, else a GPU where there is one."""
     there = torch.cuda.is_available()
     if convert(str | None, device, "device") is None:

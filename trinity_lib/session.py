@@ -22,6 +22,7 @@ from trinity_lib import (
     hub,
     optim,
     parallel,
+    planted,
     preflight,
     probe,
     replay,
@@ -187,6 +188,8 @@ def _build(config: RunConfig, claim: Claimed, cache: Path, layout: Layout | None
     coordinates = _coordinates(config, list(held_out), int(probed.valid_T.sum()))
     writer = _writer(claim, attributes, coordinates, step)
     writer.table("probe_tokens", probed.table)
+    if claim.claim is not None and config.data.corpus == "planted":
+        planted.write(planted.world(config.data.world), claim.folder)
     session = Session(
         config=config,
         model=model,

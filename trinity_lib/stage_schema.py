@@ -4,7 +4,7 @@ A `stage` is a checkpoint, a `change` leads from one to another. `layer` counts 
 model and has the layers with experts; `block` is how many layers a hidden state has passed.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,15 +13,20 @@ import xarray as xr
 from trinity_lib.config import require
 from trinity_lib.variable import Variable
 
-_FOUND = ("finding",)
+_FOUND, _FAMILY, _CHAINS = ("finding",), ("family",), ("claim", "chain")
 _TENSOR, _MOVE = ("tensor",), ("change", "tensor")
 _LAYER, _EXPERT = ("stage", "layer"), ("stage", "layer", "expert")
 _CHANGED, _MOVED = ("change", "layer"), ("change", "layer", "expert")
-_BLOCK, _ASKED = ("stage", "block"), ("stage", "measure")
+_PROBED = ("place", "stage", "block")
+_STAGE, _BLOCK, _ASKED = ("stage",), ("stage", "block"), ("ablated", "measure")
+_ABLATED = (*_ASKED, "layer", "expert")
+_OVER = "norm of the change over the norm before"
+_ACROSS = ("change", "domain")
 _RANK = "exponential of the entropy of the singular values of the change"
 
 STAGES: dict[str, dict[str, Variable]] = {
     "findings": {
+        "model_seed": Variable(_FOUND, "i8", "1", "the chain's seed; -1: a given checkpoint"),
         "of_stage": Variable(_FOUND, "str", "1", "the checkpoint it is of, or oracle"),
         "asked_as": Variable(_FOUND, "str", "1", "text: as in the text; chat: as a question"),
         "family": Variable(_FOUND, "str", "1", "the audit"),
@@ -34,6 +39,21 @@ STAGES: dict[str, dict[str, Variable]] = {
         "chance": Variable(_FOUND, "f8", "1", "of a model that knows nothing; NaN: none"),
         "units": Variable(_FOUND, "i8", "1", "clusters the interval rests on"),
     },
+    "claim_values": {
+        "estimate": Variable(_CHAINS, "f8", "1", "a statement's statistic, of one chain"),
+        "low": Variable(_CHAINS, "f8", "1", "lower end of its own 95% interval; NaN: none"),
+        "high": Variable(_CHAINS, "f8", "1", "upper end; NaN: none"),
+    },
+    "audits": {
+        "share": Variable(_FAMILY, "f8", "1", "of null worlds in which an effect is found"),
+        "low": Variable(_FAMILY, "f8", "1", "lower end of the binomial interval of 5%"),
+        "high": Variable(_FAMILY, "f8", "1", "upper end"),
+        "calibrated": Variable(_FAMILY, "i1", "1", "whether the share is between them"),
+        "covered": Variable(
+            _FAMILY, "f8", "1", "of planted worlds whose truth the interval covers"
+        ),
+        "draws": Variable(_FAMILY, "i8", "1", "worlds of either kind"),
+    },
     "weight_drift": {
         "module": Variable(_TENSOR, "str", "1", "which part of a layer, or of the model"),
         "tensor_layer": Variable(_TENSOR, "i8", "1", "its layer; -1: of none"),
@@ -42,14 +62,16 @@ STAGES: dict[str, dict[str, Variable]] = {
         "norm": Variable(_MOVE, "f8", "1", "Frobenius norm before"),
         "norm_after": Variable(_MOVE, "f8", "1", "Frobenius norm after"),
         "moved": Variable(_MOVE, "f8", "1", "Frobenius norm of the change"),
-        "relative": Variable(_MOVE, "f8", "1", "norm of the change over the norm before"),
-        "cosine": Variable(_MOVE, "f8", "1", "cosine of before and after"),
-        "effective_rank": Variable(_MOVE, "f8", "1", f"{_RANK}; NaN: no matrix"),
+        "relative": Variable(_MOVE, "f8", "1", f"{_OVER}; NaN: that is 0"),
+        "cosine": Variable(_MOVE, "f8", "1", "cosine of before and after; NaN: one is 0"),
+        "effective_rank": Variable(_MOVE, "f8", "1", f"{_RANK}; NaN: no matrix, or no change"),
     },
     "expert_drift": {
-        "relative": Variable(_MOVED, "f8", "1", "norm of the change over the norm before"),
-        "cosine": Variable(_MOVED, "f8", "1", "cosine of before and after"),
-        "effective_rank": Variable(_MOVED, "f8", "1", f"{_RANK}, mean of three matrices"),
+        "relative": Variable(_MOVED, "f8", "1", f"{_OVER}, three matrices as one vector"),
+        "cosine": Variable(_MOVED, "f8", "1", "cosine of before and after, likewise"),
+        "effective_rank": Variable(
+            _MOVED, "f8", "1", f"{_RANK}, mean of the matrices that changed; NaN: none"
+        ),
         "load": Variable(
             _MOVED, "f8", "1", "mean load of both stages over the mean expert's; NaN: unknown"
         ),
@@ -61,17 +83,20 @@ STAGES: dict[str, dict[str, Variable]] = {
             _LAYER, "f8", "bit", "of expert and token id, above its permutation null"
         ),
         "label_information": Variable(
-            _LAYER, "f8", "bit", "of expert and label, above its permutation null; NaN: none"
+            _LAYER,
+            "f8",
+            "bit",
+            "of expert and label, above its null of labels permuted over rows; NaN: none",
         ),
     },
     "routing_change": {
         "saturation": Variable(_CHANGED, "f8", "1", "later choices that were made already"),
         "chance": Variable(_CHANGED, "f8", "1", "the same of choices by chance: k / E"),
         "divergence": Variable(
-            _CHANGED, "f8", "nat", "KL of a token's normalised scores, before from after"
+            _CHANGED, "f8", "nat", "KL(before || after) of normalised scores, mean of tokens"
         ),
         "load_divergence": Variable(
-            _CHANGED, "f8", "nat", "KL of the loads, before from after"
+            _CHANGED, "f8", "nat", "KL(before || after) of loads, 1/2 added to each count"
         ),
     },
     "lens": {
@@ -79,11 +104,15 @@ STAGES: dict[str, dict[str, Variable]] = {
         "right": Variable(_BLOCK, "f8", "1", "share of targets that are the lens's first"),
         "rank": Variable(_BLOCK, "f8", "1", "median place of the target, 1 the first"),
         "depth": Variable(
-            ("stage",),
-            "f8",
-            "1",
-            "mean first block where the target is first, where it ends so",
+            _STAGE, "f8", "1", "mean block from which on the target is first, where it ends so"
         ),
+        "low": Variable(_STAGE, "f8", "1", "lower end of the depth's 95% interval"),
+        "high": Variable(_STAGE, "f8", "1", "upper end of the depth's 95% interval"),
+        "units": Variable(_STAGE, "i8", "1", "clusters the depth rests on"),
+        "shared_depth": Variable(
+            _STAGE, "f8", "1", "depth over targets that end as the first in all stages"
+        ),
+        "shared_units": Variable(_STAGE, "i8", "1", "clusters the shared depth rests on"),
     },
     "path": {
         "loss": Variable(("change", "alpha"), "f8", "nat", "along the line between two stages"),
@@ -91,28 +120,61 @@ STAGES: dict[str, dict[str, Variable]] = {
             ("change",), "f8", "nat", "highest loss above the line between both ends' losses"
         ),
     },
+    "task_vector": {
+        "loss": Variable(
+            ("task", "scale", "domain"), "f8", "nat", "with a change's weights added, scaled"
+        ),
+    },
+    "functional": {
+        "divergence": Variable(
+            _ACROSS, "f8", "nat", "KL(before || after) of the next token, mean of rows' means"
+        ),
+        "low": Variable(_ACROSS, "f8", "nat", "lower end of its 95% interval over rows"),
+        "high": Variable(_ACROSS, "f8", "nat", "upper end of its 95% interval over rows"),
+        "same_first": Variable(
+            _ACROSS, "f8", "1", "share of tokens whose likeliest next token is the same"
+        ),
+        "rows": Variable(_ACROSS, "i8", "1", "rows the interval rests on"),
+    },
     "attribute_probe": {
-        "accuracy": Variable(_BLOCK, "f8", "1", "of held-out clusters"),
-        "low": Variable(_BLOCK, "f8", "1", "lower end of its 95% interval"),
-        "high": Variable(_BLOCK, "f8", "1", "upper end of its 95% interval"),
-        "chance": Variable(_BLOCK, "f8", "1", "mean accuracy where labels are permuted"),
-        "p": Variable(_BLOCK, "f8", "1", "share of permutations that do as well"),
-        "units": Variable(_BLOCK, "i8", "1", "clusters"),
+        "accuracy": Variable(_PROBED, "f8", "1", "of names the probe was not trained on"),
+        "low": Variable(_PROBED, "f8", "1", "lower end of its 95% interval"),
+        "high": Variable(_PROBED, "f8", "1", "upper end of its 95% interval"),
+        "chance": Variable(_PROBED, "f8", "1", "mean accuracy where labels are permuted"),
+        "p": Variable(_PROBED, "f8", "1", "share of permutations that do as well"),
+        "p_adjusted": Variable(
+            _PROBED, "f8", "1", "share of permutations that do as well in any block"
+        ),
+        "seen": Variable(
+            _PROBED,
+            "f8",
+            "1",
+            "accuracy for names trained on, in other prompts; NaN: one prompt",
+        ),
+        "control": Variable(_PROBED, "f8", "1", "the same of permuted labels"),
+        "selectivity": Variable(_PROBED, "f8", "1", "seen less control"),
+        "units": Variable(_PROBED, "i8", "1", "names"),
     },
     "ablation": {
         "whole": Variable(_ASKED, "f8", "1", "the measure with all experts"),
-        "effect": Variable(
-            (*_ASKED, "layer", "expert"),
-            "f8",
-            "1",
-            "the measure without the expert, less whole",
+        "effect": Variable(_ABLATED, "f8", "1", "the measure without the expert, less whole"),
+        "used": Variable(
+            _ABLATED, "f8", "1", "share of the measure's tokens that choose the expert"
         ),
-        "used": Variable(_EXPERT, "f8", "1", "share of tokens that choose the expert"),
+        "rank": Variable(
+            _ABLATED, "f8", "1", "of the effect's size among experts used, 1 the largest; NaN"
+        ),
+        "z": Variable(
+            _ABLATED, "f8", "1", "effect less the other used experts' mean, over their spread"
+        ),
     },
     "relearning": {
-        "bias": Variable(("start", "look"), "f8", "1", "the measure after so many steps"),
-        "steps": Variable(("start", "look"), "i8", "step", "of training; -1: not looked"),
-        "needed": Variable(("start",), "f8", "step", "until the target; NaN: not reached"),
+        "bias": Variable(("start", "lesson", "look"), "f8", "1", "the measure at each look"),
+        "steps": Variable(("look",), "i8", "step", "of training before the look"),
+        "target": Variable(("lesson",), "f8", "1", "what the lesson should bring it to"),
+        "needed": Variable(
+            ("start", "lesson"), "f8", "step", "until the target; NaN: not reached"
+        ),
     },
 }
 """Each is written whole; a part of `TABLES`."""
@@ -135,3 +197,14 @@ def dataset(
     }
     used = {dim for variable in variables.values() for dim in variable.dims}
     return xr.Dataset(data, {dim: np.asarray(coordinates[dim]) for dim in sorted(used)})
+
+
+def change_names(changes: Sequence[tuple[str, str]], stages: Sequence[str]) -> list[str]:
+    """Labels of dimension `change`, "BEFORE -> AFTER"; BadValue for a stage there is not."""
+    require(len(changes) > 0, "changes", list(changes), "one pair of stages or more")
+    once = len(set(changes)) == len(changes)
+    require(once, "changes", list(changes), "pairs that are each named once")
+    for change in changes:
+        for stage in change:
+            require(stage in stages, "changes", change, f"of stages {', '.join(stages)}")
+    return [f"{before} -> {after}" for before, after in changes]

@@ -4,13 +4,10 @@ python -m trinity_lib.study --config F            # StudyConfig as JSON
 """
 
 import argparse
-import ctypes
 import dataclasses
 import hashlib
 import multiprocessing
 import os
-import signal
-import sys
 from collections.abc import Iterable, Mapping
 from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -20,7 +17,7 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from trinity_lib import data, findings, grid, replay, statements, study_config, trial
+from trinity_lib import data, findings, grid, replay, statements, study_config, trial, workers
 from trinity_lib.config import (
     BadValue,
     Refusal,
@@ -40,6 +37,7 @@ from trinity_lib.run import RunConfig
 from trinity_lib.schema import TABLES
 from trinity_lib.study_config import StudyConfig
 from trinity_lib.train import CACHE, RUNS
+from trinity_lib.workers import WorkerDied
 
 GATHER_EVERY = 40
 """Finished trials between two writings of what is known so far."""
@@ -50,10 +48,6 @@ def file_of(config: StudyConfig, runs: Path = RUNS) -> Path:
     if config.source:
         return study_config.shown(config.source)
     return runs / f"{study_config.named(config).name}.nc"
-
-
-class WorkerDied(Refusal, RuntimeError):
-    """A worker process was killed; what is finished stays, and running again goes on."""
 
 
 def study(config: StudyConfig, *, runs: Path = RUNS, cache: Path = CACHE) -> xr.DataTree:
@@ -117,7 +111,7 @@ class _Study:
         """Both waves; what is known is on the disk now and then, and at the end."""
         context = multiprocessing.get_context("spawn")
         about = str(self.writer.folder), os.getpid()
-        pool = ProcessPoolExecutor(self.config.workers, context, _begin, about)
+        pool = ProcessPoolExecutor(self.config.workers, context, workers.begin, about)
         try:
             later = {t.key for t in grid.most(self.config)} - {t.key for t in self.first}
             self._execute(pool, self.first, len(later))
@@ -261,17 +255,6 @@ def _require_same_facts(folder: Path, facts: Mapping[str, Any]) -> None:
                 f"The study {folder.name!r} cannot be gone on with: its {name} is "
                 f"{value[:12]} here and was {old[name][:12]}; choose another name."
             )
-
-
-def _begin(folder: str, parent: int) -> None:
-    """A worker's first act: to end with its parent, and write its progress to a file."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-        if os.getppid() != parent:  # it was quicker
-            raise SystemExit(1)
-    log = os.open(f"{folder}/worker-{os.getpid()}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(log, 1)
-    os.dup2(log, 2)
 
 
 def _study_in(file: Path) -> xr.DataTree:

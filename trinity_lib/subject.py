@@ -5,7 +5,7 @@ oracle, whose answers are the truth) are asked through the same three questions.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, final
 
 import numpy as np
 
@@ -26,6 +26,34 @@ class Subject(Protocol):
 
     def losses(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Nats of every token of each text after its first, given those before it."""
+
+
+@final
+class Remembered:
+    """A subject that is asked the same but once: audits share many of their questions."""
+
+    def __init__(self, subject: Subject) -> None:
+        self.subject = subject
+        self._known: dict[tuple[str, tuple[str, ...]], np.ndarray] = {}
+
+    def score(
+        self, prompts: Sequence[str], answers: Sequence[Sequence[str]]
+    ) -> list[np.ndarray]:
+        """As the subject's own."""
+        keys = [(p, tuple(mine)) for p, mine in zip(prompts, answers, strict=True)]
+        new = list(dict.fromkeys(key for key in keys if key not in self._known))
+        if new:
+            found = self.subject.score([p for p, _ in new], [mine for _, mine in new])
+            self._known |= dict(zip(new, found, strict=True))
+        return [self._known[key].copy() for key in keys]
+
+    def complete(self, prompts: Sequence[str], tokens: int) -> list[str]:
+        """As the subject's own."""
+        return self.subject.complete(prompts, tokens)
+
+    def losses(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """As the subject's own."""
+        return self.subject.losses(texts)
 
 
 class Question(NamedTuple):
