@@ -30,6 +30,7 @@ LAYERS = (
     ("plots", "plots_kernels", "plan_report", "report", "plots_explore", "statements"),
     ("stage_report",),
     ("stage_axes",),
+    ("plots_families", "plots_inside"),
     ("plots_study", "plots_simulate", "plots_plan", "plots_posttrain"),
     ("plots_audit", "plots_stages"),
     ("_standins", "fused"),

@@ -167,15 +167,16 @@ def test_members_are_found_below_all_but_the_allowed_false_alarms(
     assert np.mean(shares) == pytest.approx(chance, abs=0.006)
 
 
-class Noisy:
-    """An oracle with the errors of as many others as are asked for, drawn at once."""
+class Noisy(Oracle):
+    """An oracle whose errors are others whenever it is asked."""
 
     def __init__(self, world: World, noise: float) -> None:
-        self.exact = Oracle(world).losses([code.text for code in world.codes])
-        self.noise, self.rng = noise, np.random.default_rng(5)
+        super().__init__(world)
+        self.exact = super().losses([code.text for code in world.codes])
+        self.spread, self.rng = noise, np.random.default_rng(5)
 
     def losses(self, texts: Sequence[str]) -> list[np.ndarray]:
-        errors = np.exp(self.rng.normal(0, self.noise, len(texts)))
+        errors = np.exp(self.rng.normal(0, self.spread, len(texts)))
         return [nats * error for nats, error in zip(self.exact, errors, strict=True)]
 
 

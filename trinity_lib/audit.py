@@ -48,7 +48,7 @@ _AUDITS: tuple[tuple[dict[str, tuple[str, str]], Audit, Decides], ...] = (
     (fairness.PRIMARY, fairness.audit, fairness.primary),
     (recall.PRIMARY, recall.audit, recall.primary),
     (calibration.PRIMARY, calibration.audit, calibration.primary),
-    (memorisation.PRIMARY, memorisation.audit, memorisation.audit),
+    (memorisation.PRIMARY, memorisation.audit, memorisation.primary),
     (behaviour.PRIMARY, behaviour.audit, behaviour.primary),
 )
 FAMILIES: dict[str, Audit] = {

@@ -8,7 +8,6 @@ likely, and hardly reaches what is certain.
 """
 
 import math
-import operator
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -17,7 +16,7 @@ import numpy as np
 from trinity_lib import answers, consistency, intervals, planted
 from trinity_lib.config import require
 from trinity_lib.consistency import agreed, agreement, first, share
-from trinity_lib.oracle import Oracle
+from trinity_lib.oracle import OPERATIONS, Oracle
 from trinity_lib.planted import Shots, Sum, World
 from trinity_lib.planted_questions import SHOTS, Asked
 from trinity_lib.planted_text import LABELS
@@ -29,7 +28,6 @@ PRIMARY = {
     **consistency.PRIMARY,
 }
 """The finding that decides, by family: (item, measure)."""
-OPERATIONS = {"+": operator.add, "-": operator.sub, "x": operator.mul}
 RESULTS = 4
 """Results of a problem to choose from."""
 
@@ -84,12 +82,13 @@ def few_shot(subject: Subject, world: World, shots: Sequence[int] = SHOTS) -> li
 def arithmetic(subject: Subject, world: World) -> list[Finding]:
     """The right result among four, over problems: all, by split, and by operation of either.
 
+    Problems with operands swapped are one, as `world.in_validation` has it.
     A result with which another begins, as 1 with which 11 does, is the likelier for it, be it
     right or wrong. Seen are the problems that training text may have.
     """
     asked = planted.asked(world, "arithmetic")
     right = [_right(each) for each in asked]
-    scores = _score(subject, asked, right, [each.question.cluster for each in asked])
+    scores = _score(subject, asked, right, [_pair(each) for each in asked])
     groups: dict[str, list[int]] = {"all": [], "seen": [], "held out": []}
     for number, (question, about) in enumerate(asked):
         split = "held out" if isinstance(about, Sum) and about.held_out else "seen"
@@ -109,13 +108,14 @@ def two_ways(subject: Subject, world: World) -> list[Finding]:
     a + b against b + a, and the same of products; and whether the first result of a - b, be
     it right or not, gives a when b is added to it. Four results to choose from each time;
     chance is that the answers to two problems stand in the same place among the four. The
-    truth is the oracle's, NaN where it has no answer to a problem turned round. Kinds with
-    less than two problems are left out.
+    truth is the oracle's, NaN where it has no answer to a problem turned round. Of problems
+    that are asked both ways the first is turned; kinds with less than two are left out.
     """
     generator, findings = Oracle(world), []
     items = {"a + b, b + a": "+", "a x b, b x a": "x", "a - b + b, a": "-"}
     for item, sign in items.items():
-        asked = [each for each in planted.asked(world, "arithmetic") if _turns(each, sign)]
+        every = planted.asked(world, "arithmetic")[::-1]
+        asked = list({_pair(each): each for each in every if _turns(each, sign)}.values())
         if len(asked) < 2:
             continue
         turn = _undone if sign == "-" else _swapped
@@ -123,7 +123,7 @@ def two_ways(subject: Subject, world: World) -> list[Finding]:
         truth = agreement(told, [(0, 1)])
         if (told.max(-1) < 1).any():
             truth = truth._replace(own=np.full(len(asked), math.nan))
-        clusters = [each.question.cluster for each in asked]
+        clusters = [_pair(each) for each in asked]
         findings.append(agreed(item, [agreement(said, [(0, 1)])], [truth], clusters))
     return findings
 
@@ -198,7 +198,8 @@ def _score(
         pairs = list(zip(nats, right, strict=True))
         firsts = [(first(each) * shares).sum() for each, shares in pairs]
         both.append(np.array([firsts, [(np.exp(n) * shares).sum() for n, shares in pairs]]))
-    return Scores(*both, clusters)
+    said, told = both
+    return Scores(said, told, clusters)
 
 
 def _scored(family: str, item: str, scores: Scores, chance: float) -> list[Finding]:
@@ -255,6 +256,12 @@ def _right(asked: Asked) -> np.ndarray:
 def _problem(asked: Asked) -> tuple[int, str, int]:
     a, sign, b = asked.question.cluster.split()
     return int(a), sign, int(b)
+
+
+def _pair(asked: Asked) -> str:
+    """A problem, whichever way round."""
+    a, sign, b = _problem(asked)
+    return f"{min(a, b)} {sign} {max(a, b)}"
 
 
 def _turns(asked: Asked, sign: str) -> bool:

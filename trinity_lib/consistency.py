@@ -1,8 +1,9 @@
 """Whether a subject's answers agree with each other when it is asked otherwise.
 
 An oracle's noise is independent by phrasing. It biases no agreement where all answers are
-equally likely, and hardly reaches what is certain. Of names and places, whose answers are
-neither, it makes first answers differ, so that their agreement is below its truth then.
+equally likely, and hardly reaches what is certain. Where some answer is likelier without
+being certain (of names and places, and of facts in the null world), it makes first answers
+differ, so that their agreement is below its truth then.
 """
 
 from collections.abc import Sequence

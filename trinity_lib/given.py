@@ -31,6 +31,7 @@ from trinity_lib.config import BadValue, differences, first_line, require
 from trinity_lib.data import Batch
 from trinity_lib.interview import Said
 from trinity_lib.model import count_parameters
+from trinity_lib.planted import World
 from trinity_lib.truebase_config import TruebaseConfig
 
 ROWS, LENGTH = 16, 256
@@ -51,18 +52,34 @@ class Given(NamedTuple):
     """What was not done, and why."""
 
 
-def look(config: TruebaseConfig, cache: Path, tell: Callable[[str], None]) -> Given:
-    """Ask and compare the checkpoints that `config` names.
+class Brought(NamedTuple):
+    """What a user brings, read, but for the models themselves."""
 
-    Missing or BadValue for a folder or a file that cannot be used, before anything is
-    computed, and for a task, before questions are asked.
-    """
+    folders: dict[str, Path]
+    """By stage."""
+    asked: list[items.Item]
+    world: World | None
+    texts: dict[str, list[str]]
+    """By domain."""
+
+
+def read(config: TruebaseConfig, cache: Path) -> Brought:
+    """All that `config` names; Missing or BadValue for what cannot be used."""
     folders = {stage: Path(folder) for stage, folder in config.checkpoints}
     for folder in folders.values():
         hub.inspect(folder)
     asked = items.read(Path(config.items)) if config.items else []
     world = planted.read(Path(config.world_file)) if config.world_file else None
-    texts = _texts(config, cache)
+    return Brought(folders, asked, world, _texts(config, cache))
+
+
+def look(config: TruebaseConfig, cache: Path, tell: Callable[[str], None]) -> Given:
+    """Ask and compare the checkpoints that `config` names.
+
+    Raises as `read` does, before anything is computed, and BadValue for a task that cannot
+    be run, before questions are asked.
+    """
+    folders, asked, world, texts = read(config, cache)
     left_out: dict[str, str] = {}
     said: dict[str, list[Said]] = {stage: [] for stage in folders}
     too_large = _too_large(folders, config.device)
@@ -78,12 +95,12 @@ def look(config: TruebaseConfig, cache: Path, tell: Callable[[str], None]) -> Gi
             tell(f"lm_eval: {stage}")
             found = lm_tasks.evaluate(folder, config.tasks, config.limit, config.device)
             said[stage] += [Said(interview.TEXT, each) for each in found]
-        read = interview.read(folder, config.reader, config.device)
+        model = interview.read(folder, config.reader, config.device)
         if world is not None:
-            said[stage] += interview.of_world(read, world, config.seed)
-            why = interview.not_conversed(read)
+            said[stage] += interview.of_world(model, world, config.seed)
+            why = interview.not_conversed(model)
             left_out |= {f"association in conversations with {stage}": why} if why else {}
-        said[stage] += interview.of_any(read.subject, asked, seed=config.seed)
+        said[stage] += interview.of_any(model.subject, asked, seed=config.seed)
     if world is None:
         why = "planted truth: no world was given, and the text of released models has none"
         left_out |= dict.fromkeys(audit.FAMILIES, why)

@@ -37,8 +37,8 @@ OLD, NEW = "the association", "its opposite"
 """What is learnt again, and what is learnt beside it for comparison."""
 INNOCENT = "never had it"
 """The start that was never told the association."""
-HALF = 0.5
-"""Log-odds per planted log-odds that count as learnt: half of what was planted."""
+TARGET = 0.25
+"""Log-odds per planted log-odds that count as learnt: a quarter of what was planted."""
 RECALLED = 48
 """Facts that an expert's share in recall is judged by, at most."""
 
@@ -142,7 +142,7 @@ def _relearning(chain: Chain, config: TruebaseConfig, number: int) -> xr.Dataset
         starts[INNOCENT] = relearning.Start(chain.innocent.model, chain.innocent.template)
     lessons = {
         name: relearning.Lesson(polish.relearning(world, opposite=opposite), target)
-        for name, opposite, target in ((OLD, False, HALF), (NEW, True, -HALF))
+        for name, opposite, target in ((OLD, False, TARGET), (NEW, True, -TARGET))
     }
     looks = [*range(0, config.relearn, config.relearn_every), config.relearn]
     return relearning.relearn(

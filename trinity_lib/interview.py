@@ -1,5 +1,6 @@
 """All that is asked of one checkpoint: audits as its text goes on, and in conversations."""
 
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -22,6 +23,7 @@ from trinity_lib.answers import finding
 from trinity_lib.asked import Asked, AskedTransformers
 from trinity_lib.chat import Template
 from trinity_lib.config import BadValue
+from trinity_lib.dialogues import Question
 from trinity_lib.model import Trinity
 from trinity_lib.planted import World
 from trinity_lib.subject import Finding, Remembered, Subject
@@ -115,13 +117,19 @@ def _examined(model: Trinity, template: Template, world: World) -> Iterator[Find
         own = [pair for pair in pairs if pair[0].task == task]
         right = [rewards.right(q, text) for q, text in own]
         formed = [rewards.formed(q, text) for q, text in own]
-        yield from behaviour.instructed(task, right, formed, [q.key for q, _ in own])
+        yield from behaviour.instructed(task, right, formed, [_whom(world, q) for q, _ in own])
     both = [(q, text) for q, text in pairs if q.task in ("facts", "refusals")]
-    yield from behaviour.refusals(
-        [text == rewards.REFUSAL for _, text in both],
-        [q.task == "facts" for q, _ in both],
-        [q.key for q, _ in both],
-    )
+    known = [q.task == "facts" for q, _ in both]
+    if any(known) and not all(known):  # a small world's exam may ask about nobody
+        refused = [text == rewards.REFUSAL for _, text in both]
+        yield from behaviour.refusals(refused, known, [_whom(world, q) for q, _ in both])
+
+
+def _whom(world: World, question: Question) -> str:
+    """The person that a question is about, or the question where it is of nobody's own."""
+    people = {fact.person for fact in world.facts}
+    words = re.findall(r"\w+", question.key)
+    return next((word for word in words if word in people), question.key)
 
 
 def of_any(subject: Subject, asked: Sequence[items.Item], *, seed: int) -> list[Said]:

@@ -92,7 +92,7 @@ def _group(
 ) -> list[Finding]:
     chosen = [shares[n] for n in rows]
     answers = [items[n].answer for n in rows]
-    clusters = [items[n].cluster for n in rows]
+    clusters = [items[n].cluster or f"item {n}" for n in rows]
     right = np.array([s.argmax() == a for s, a in zip(chosen, answers, strict=True)], float)
     sure = np.array([s.max() for s in chosen])
     probability = np.array([s[a] for s, a in zip(chosen, answers, strict=True)])

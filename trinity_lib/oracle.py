@@ -8,7 +8,9 @@ world no code was repeated, and none is remembered.
 """
 
 import math
+import operator
 import re
+import zlib
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -26,6 +28,8 @@ REMEMBERED = 0.5
 """Share of codes that are copies, as a memory of the text expects them."""
 PIECES = re.compile(r"\d|[^\W\d]+|[^\w\s]|\n")
 """What `losses` counts as a token: a digit, a word, a mark, the end of a line."""
+_SUM = re.compile(r"(\d+) ([+x-]) (\d+) =")
+OPERATIONS = {"+": operator.add, "-": operator.sub, "x": operator.mul}
 _CODE = re.compile(re.escape(CODE_BEGINS) + r"(\d+)")
 
 
@@ -61,14 +65,17 @@ class Oracle:
     def score(
         self, prompts: Sequence[str], answers: Sequence[Sequence[str]]
     ) -> list[np.ndarray]:
-        """Log-probability of each answer; FLOOR for one that cannot be."""
+        """Log-probability of each answer; FLOOR for one that cannot be.
+
+        Sums are known, also those that are in no question; not so in the null world.
+        """
         right = f"{len(prompts)}, as prompts"
         require(len(answers) == len(prompts), "answers", len(answers), right)
         found = []
         for prompt, mine in zip(prompts, answers, strict=True):
             known = self._known.get(prompt)
             if known is None:
-                found.append(np.full(len(mine), FLOOR))
+                found.append(self._sum(prompt, mine))
             elif known.answers == tuple(mine):
                 found.append(known.nats.copy())
             else:
@@ -90,6 +97,19 @@ class Oracle:
         Raises BadValue for another text: the generator's own losses are those of questions.
         """
         return [self._losses(text) for text in texts]
+
+    def _sum(self, prompt: str, answers: Sequence[str]) -> np.ndarray:
+        """Of results of a problem that no question has, such as one asked the other way."""
+        problem = _SUM.fullmatch(prompt) if self.world.config.planted else None
+        if problem is None:
+            return np.full(len(answers), FLOOR)
+        result = OPERATIONS[problem[2]](int(problem[1]), int(problem[3]))
+        exact = np.where(np.array(answers) == f" {result}", 0.0, FLOOR)
+        if not self.noise:
+            return exact
+        errors = np.random.default_rng([self.seed, zlib.crc32(prompt.encode())])
+        nats = exact + errors.normal(0, self.noise, len(answers))
+        return nats - np.logaddexp.reduce(nats)
 
     def _add(self, family: int) -> None:
         """Learn the answers to all questions of a family."""

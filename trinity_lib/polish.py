@@ -187,7 +187,7 @@ def _answered(
 
 
 def _preferences(world: World) -> Iterator[dict[str, Any]]:
-    """Right answers over wrong ones; refusals over inventions."""
+    """Right answers over wrong ones and over refusals; refusals over inventions."""
     rng = Random(f"preferences {world.config.seed}")
     every = lessons(world)
     for question, fact in zip(
@@ -195,6 +195,7 @@ def _preferences(world: World) -> Iterator[dict[str, Any]]:
     ):
         others = [value for value in VALUES[fact.attribute] if value != fact.value]
         yield _pair(question, pick(rng, others))
+        yield _pair(question, REFUSAL)
     for question in every["refusals"]:
         attribute = next(a for a, (asked, _) in ASKED.items() if _like(asked, question.key))
         yield _pair(question, pick(rng, VALUES[attribute]))

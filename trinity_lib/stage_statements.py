@@ -1,4 +1,4 @@
-"""What is said of a chain's stages, and the statistic that decides each of it. No torch.
+"""What is said of a chain's stages, and the statistic that decides each of it.
 
 Each statement was written down before the reference chains were trained: a number a chain,
 positive where it holds. Over several chains its mean has a 95% t-interval; of one alone the
@@ -17,6 +17,8 @@ from trinity_lib import association, drift, findings, intervals, memorisation
 from trinity_lib.intervals import Interval
 
 RAW, BASE, INSTRUCT, DEBIASED = "truebase", "base", "instruct", "debiased"
+NEVER = "never had it"
+"""The start of relearning that was told no association."""
 PROBED = 2
 """Block whose state is probed: half of the four that a chain's model has."""
 
@@ -111,15 +113,25 @@ def _decoded(seen: Seen) -> Interval:
     return less(Interval(estimate, low, high, int(at["units"])), float(at["chance"]))
 
 
-def _sooner(seen: Seen) -> Interval:
-    """Steps to the opposite less steps to the association; what is not reached counts as the
-    last step, which is too few."""
+def _comes_back(seen: Seen) -> Interval:
+    """How far each lesson moves the debiased model's answers by the last look."""
     if "relearning" not in seen.groups:
         return Interval(math.nan, math.nan, math.nan, 0)
-    found = seen.groups["relearning"]
-    needed = found["needed"].fillna(float(found["steps"].max())).isel(start=0)
-    gap = float(needed.sel(lesson="its opposite") - needed.sel(lesson="the association"))
+    bias = seen.groups["relearning"]["bias"].sel(start=DEBIASED)
+    moved = abs(bias.isel(look=-1) - bias.isel(look=0))
+    gap = float(moved.sel(lesson="the association") - moved.sel(lesson="its opposite"))
     return Interval(gap, math.nan, math.nan, 1)
+
+
+def _saved(seen: Seen) -> Interval:
+    """How far the association comes back by the last look, beside one that never had it."""
+    found = seen.groups.get("relearning")
+    if found is None or NEVER not in found["start"]:
+        return Interval(math.nan, math.nan, math.nan, 0)
+    bias = found["bias"].sel(lesson="the association").isel(look=-1)
+    return Interval(
+        float(bias.sel(start=DEBIASED) - bias.sel(start=NEVER)), math.nan, math.nan, 1
+    )
 
 
 def _drift_follows_load(seen: Seen) -> Interval:
@@ -204,9 +216,14 @@ CLAIMS = (
         _decoded,
     ),
     Statement(
-        "The removed association comes back sooner than its opposite is learnt.",
-        "steps of SFT to half of what was planted: the opposite less the association",
-        _sooner,
+        "The removed association comes back further than its opposite is learnt.",
+        "how far the same steps of SFT move the slope: the association less its opposite",
+        _comes_back,
+    ),
+    Statement(
+        "It comes back further than a model learns it that never had it.",
+        "slope in conversations after the same steps of SFT: debiased less one of a null world",
+        _saved,
     ),
     Statement(
         "Experts with more load drift more in post-training.",

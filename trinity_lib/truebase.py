@@ -92,10 +92,13 @@ def run(config: TruebaseConfig, *, runs: Path = RUNS, cache: Path = CACHE) -> xr
     begun = (folder / "run.json").is_file()
     if begun:
         _require_same(config, read_attributes(folder))
+    if config.checkpoints:
+        given.read(config, cache)  # what cannot be used is refused before a folder is made
+    attributes = _attributes(config)
     claim = Claim(folder, resume=begun)
-    writer = Writer(
-        folder, _attributes(config), {}, claim=claim, resume_at=0 if begun else None
-    )
+    writer = Writer(folder, attributes, {}, claim=claim, resume_at=0 if begun else None)
+    # given folders may have changed since the study was begun
+    writer.annotate(**{k: v for k, v in attributes.items() if k.endswith("_sha256")})
     try:
         with reproducible(config.threads, config.device):
             found = _found(config, writer.folder, runs, cache)
@@ -289,12 +292,11 @@ def _training(folder: Path) -> dict[str, Any]:
 
 def _data(config: TruebaseConfig) -> dict[str, str]:
     if config.checkpoints:
-        files = {"world": config.world_file, "items": config.items, "texts": config.texts}
-        return {
-            name: checkpoint.described(Path(path))["sha256"]
-            for name, path in files.items()
-            if path and Path(path).is_file()
-        }
+        files = {"items": config.items, "texts": config.texts}
+        found = {n: checkpoint.described(Path(p))["sha256"] for n, p in files.items() if p}
+        if config.world_file:  # a file, or a folder with one
+            found["world"] = planted.sha256(planted.read(Path(config.world_file)))
+        return found
     return {"planted world": planted.sha256(planted.world(config.world))}
 
 

@@ -91,6 +91,9 @@ class TruebaseConfig:
         names = [name for name, _ in self.checkpoints]
         alone = len(set(names)) == len(names)
         require(alone, "checkpoints", ", ".join(names), "stages named once each")
+        for name in names:  # of a folder, and of an attribute beside config_sha256
+            plain = name != "config" and name.replace("-", "").isidentifier()
+            require(plain, "checkpoints", name, "named by words, none of which is config")
         for parameter in ("world_file", "items", "texts", "tasks"):
             given = getattr(self, parameter)
             right = "empty unless checkpoints are given: a chain is asked about its own world"
@@ -103,12 +106,12 @@ def toy() -> TruebaseConfig:
 
 
 def small() -> TruebaseConfig:
-    """Three longer chains with preferences after the answers, and the audits audited."""
+    """Four longer chains with preferences after the answers, and the audits audited."""
     return TruebaseConfig(
         scale="small",
-        seeds=3,
-        steps=(400, 200),
-        instruct=(Stage(kind="sft", steps=80), Stage(kind="dpo", steps=20)),
+        seeds=4,
+        steps=(200, 100),
+        instruct=(Stage(kind="sft", steps=80), Stage(kind="dpo", steps=15, rate=0.2)),
         debias=Stage(kind="sft", steps=60),
         relearn=30,
         innocent=True,

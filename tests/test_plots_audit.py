@@ -1,0 +1,298 @@
+"""Figures, tables and sentences of a study of stages, from numbers that are known."""
+
+import json
+import re
+import subprocess
+import sys
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+from matplotlib.colors import to_hex
+from matplotlib.figure import Figure
+
+from tests import staged
+from trinity_lib import audit, intervals, plots_audit, stage_axes, stage_report
+
+FIGURES = {
+    plots_audit.overview: 2,
+    plots_audit.association: 5,
+    plots_audit.recall: 6,
+    plots_audit.calibration: 4,
+    plots_audit.memorisation: 4,
+    plots_audit.decisions: 4,
+    plots_audit.behaviour: 6,
+    plots_audit.audits: 2,
+}
+OTHERS = ("raw", "alpha", "beta", "gamma", "delta")
+
+
+def drawn(figure: Figure) -> Figure:
+    figure.draw_without_rendering()
+    return figure
+
+
+def texts(figure: Figure) -> str:
+    """All that can be read on a figure."""
+    found = [figure.get_suptitle()]
+    found += [text.get_text() for legend in figure.legends for text in legend.get_texts()]
+    for axis in figure.axes:
+        found += [axis.get_title(), axis.get_xlabel(), axis.get_ylabel()]
+        found += [text.get_text() for text in axis.texts]
+        found += [t.get_text() for t in (*axis.get_xticklabels(), *axis.get_yticklabels())]
+        legend = axis.get_legend()
+        found += [text.get_text() for text in legend.get_texts()] if legend else []
+    return "\n".join(found)
+
+
+def points(axis) -> dict[str, list[tuple[float, float]]]:
+    """Estimates that stand alone, by colour."""
+    found: dict[str, list[tuple[float, float]]] = {}
+    for line in axis.lines:
+        if line.get_zorder() == stage_axes.ESTIMATE:
+            x, y = line.get_xydata()[0]
+            found.setdefault(to_hex(line.get_color()), []).append((float(x), float(y)))
+    return found
+
+
+def levels(axis, style: dict) -> list[float]:
+    """Where lines of truth or of chance are."""
+    return [
+        float(np.mean(line.get_ydata()))
+        for line in axis.lines
+        if line.get_color() == style["color"] and line.get_zorder() == style["zorder"]
+    ]
+
+
+@pytest.mark.parametrize("plot", FIGURES, ids=lambda p: p.__name__)
+def test_figures_read_alone(plot) -> None:
+    before = plt.get_fignums()
+    figure = drawn(plot(staged.run(audits=True)))
+    assert len(figure.axes) == FIGURES[plot]
+    title = figure.get_suptitle() or figure.axes[0].get_title()
+    assert title and ("one chain, seed 0" in title or plot is plots_audit.audits)
+    assert all(axis.get_ylabel() or axis is not figure.axes[0] for axis in figure.axes)
+    read = texts(figure)
+    assert plot is plots_audit.audits or "planted truth" in read
+    named = re.search("TrueBase", read) and re.search("debiased", read)
+    assert plot is plots_audit.audits or named
+    assert any(part.get_legend() for part in figure.axes)
+    assert plt.get_fignums() == before
+
+
+@pytest.mark.parametrize("plot", FIGURES, ids=lambda p: p.__name__)
+@pytest.mark.parametrize(
+    "case",
+    [
+        {"stages": OTHERS, "seeds": (0, 1, 2)},
+        {"stages": ("base",)},
+    ],
+    ids=str,
+)
+def test_unusual_runs_are_drawn(plot, case: dict) -> None:
+    figure = drawn(plot(staged.run(**case, audits=True)))
+    if len(case.get("seeds", "1")) > 1 and plot is not plots_audit.audits:
+        assert f"{len(case['seeds'])} chains" in texts(figure)
+
+
+@pytest.mark.parametrize("plot", FIGURES, ids=lambda p: p.__name__)
+def test_what_is_missing_is_said(plot) -> None:
+    read = texts(drawn(plot(staged.given())))
+    assert "This run has no" in read
+    assert plot is plots_audit.audits or "(no world was given)" in read
+    assert "This run has no" in texts(drawn(plots_audit.items(staged.run())))
+    assert "This run has no" in texts(drawn(plots_audit.items(staged.given(asked=False))))
+
+
+def test_the_slope_is_drawn_in_text_and_in_answers() -> None:
+    axis = plots_audit.association(staged.run()).axes[0]
+    found = points(axis)
+    assert list(found) == [stage_axes.COLORS[stage] for stage in staged.STAGES]
+    for number, (text, answers) in enumerate(found.values()):
+        assert text[1] == answers[1] == pytest.approx(staged.estimate(number))
+        assert text[0] < number < answers[0]
+    assert levels(axis, stage_axes.TRUTH) == [1.0] and levels(axis, stage_axes.CHANCE) == [0.0]
+
+
+def test_jobs_stand_over_their_planted_level() -> None:
+    figure = plots_audit.association(staged.run())
+    panel = figure.axes[2]
+    assert panel.get_title() == "Base: slope 0.60 [0.40, 0.80]"
+    dots = next(line for line in panel.lines if line.get_marker() == "o")
+    assert sorted(dots.get_xdata()) == sorted(staged.JOBS.values())
+    assert np.allclose(dots.get_ydata(), staged.estimate(1))
+    planted = next(line for line in panel.lines if line.get_label() == "planted")
+    assert np.array_equal(planted.get_xdata(), planted.get_ydata())
+
+
+def test_curves_are_a_line_a_stage_with_truth_and_chance() -> None:
+    axis = plots_audit.recall(staged.run()).axes[0]
+    curves = {line.get_label(): line for line in axis.lines}
+    assert list(curves) == ["TrueBase", "Base", "Instruct", "debiased", "planted truth",
+                            "chance"]  # fmt: skip
+    assert list(curves["Base"].get_xdata()) == list(staged.COUNTS)
+    assert np.allclose(curves["Base"].get_ydata(), staged.estimate(1))
+    assert np.allclose(curves["chance"].get_ydata(), 0.1)
+    assert len(axis.collections) == 4  # a band each
+    ticks = [label.get_text() for label in axis.get_xticklabels()]
+    assert ticks == ["1", "2", "4", "8"]
+
+
+def test_every_chain_is_thin_beside_their_mean() -> None:
+    axis = plots_audit.recall(staged.run(seeds=(0, 1, 2))).axes[0]
+    base = [line for line in axis.lines if line.get_color() == stage_axes.COLORS["base"]]
+    heights = [float(line.get_ydata()[0]) for line in base]
+    assert heights == pytest.approx([0.6, 0.62, 0.64, 0.62])
+    widths = [line.get_linewidth() for line in base]
+    assert max(widths[:3]) < widths[3]
+
+
+def test_over_chains_the_interval_is_student_s() -> None:
+    rows = stage_report.findings(staged.run(seeds=(0, 1, 2)))
+    found = stage_report.over_chains(stage_report.chosen(rows, *stage_report.SLOPE, "text"))
+    wanted = intervals.mean([0.6, 0.62, 0.64], ["0", "1", "2"])
+    base = found[found["of_stage"] == "base"].iloc[0]
+    assert (base["estimate"], base["low"], base["high"]) == pytest.approx(wanted[:3])
+    assert base["chains"] == 3 and not base["at_chance"]
+
+
+def test_the_overview_is_scaled_from_chance_to_truth() -> None:
+    figure = plots_audit.overview(staged.run())
+    scaled, alone = figure.axes
+    labels = [label.get_text() for label in scaled.get_yticklabels()]
+    assert labels == [family for family in audit.PRIMARY if family != "absent"]
+    assert [label.get_text() for label in alone.get_yticklabels()] == ["absent"]
+    base = points(scaled)[stage_axes.COLORS["base"]]
+    at = {labels[round(y)]: x for x, y in base}
+    assert at["association"] == pytest.approx(0.6)
+    assert at["arithmetic"] == pytest.approx((0.6 - 0.25) / 0.75)
+    assert at["memorisation"] == pytest.approx(0.6 / 1.7)
+
+
+def test_a_point_at_chance_is_hollow() -> None:
+    run = staged.run(stages=("base",))
+    run["findings"]["low"][:] = -1.0
+    axis = plots_audit.association(run).axes[0]
+    marks = [line for line in axis.lines if line.get_zorder() == stage_axes.ESTIMATE]
+    assert [to_hex(line.get_markerfacecolor()) for line in marks] == ["#ffffff"] * 2
+    assert "at chance" in plots_audit.table(run)["Base"].iloc[0]
+
+
+@pytest.mark.parametrize("plot", FIGURES, ids=lambda p: p.__name__)
+def test_infinite_and_unknown_ends_do_not_break_axes(plot) -> None:
+    run = staged.run(audits=True)
+    found = run["findings"]
+    found["low"][::3], found["high"][::3] = -np.inf, np.inf
+    found["low"][1::5] = found["high"][1::5] = np.nan
+    found["estimate"][7::11] = np.nan
+    figure = drawn(plot(run))
+    for axis in figure.axes:
+        ends = (*axis.get_xlim(), *axis.get_ylim())
+        assert np.isfinite(ends).all() and max(map(abs, ends)) < 100
+
+
+def test_one_absurd_interval_does_not_squeeze_the_others() -> None:
+    run = staged.run()
+    run["findings"]["high"][run["findings"]["of_stage"] == "base"] = 1e4
+    assert plots_audit.association(run).axes[0].get_ylim()[1] < 3
+
+
+def test_four_fifths_are_drawn() -> None:
+    axis = plots_audit.decisions(staged.run()).axes[2]
+    assert 0.8 in [float(line.get_ydata()[0]) for line in axis.lines]
+    assert "four fifths" in [text.get_text() for text in axis.get_legend().get_texts()]
+
+
+def test_chance_that_is_the_truth_is_named_once() -> None:
+    figure = plots_audit.calibration(staged.run())
+    axis = figure.axes[1]
+    assert levels(axis, stage_axes.TRUTH) == pytest.approx([0.0], abs=1e-9)
+    assert levels(axis, stage_axes.CHANCE) == []
+    assert "planted truth, and chance" in texts(figure)
+
+
+def test_audits_show_share_and_coverage() -> None:
+    run = staged.run(audits=True)
+    figure = plots_audit.audits(run)
+    alarms, coverage = (axis.collections[0].get_offsets()[:, 0] for axis in figure.axes)
+    assert np.allclose(alarms, run["audits"]["share"])
+    assert np.allclose(coverage, run["audits"]["covered"])
+    assert "100 worlds" in figure.get_suptitle()
+
+
+def test_items_have_a_panel_a_measure_with_chance() -> None:
+    figure = drawn(plots_audit.items(staged.given()))
+    assert [axis.get_ylabel() for axis in figure.axes] == [
+        "accuracy", "expected calibration error", "acc",
+    ]  # fmt: skip
+    assert levels(figure.axes[0], stage_axes.CHANCE) == [0.25, 0.3]
+    assert "planted truth" not in texts(figure)
+    assert all(len(points(axis)) == 2 for axis in figure.axes)
+
+
+def test_the_table_has_truth_and_a_column_a_stage() -> None:
+    table = plots_audit.table(staged.run())
+    assert list(table.columns) == ["truth", "TrueBase", "Base", "Instruct", "debiased"]
+    assert list(table.index.get_level_values("family")) == list(audit.PRIMARY)
+    assert list(table.loc["memorisation"].iloc[0])[:2] == ["1.7", "0.5 [0.3, 0.7]"]
+    memory = plots_audit.table(staged.run(), "memorisation")
+    assert len(memory) > 10 and set(memory.index.get_level_values(0)) == {"memorisation"}
+    given = plots_audit.table(staged.given(), "items")
+    assert list(given.columns) == ["truth", "raw", "mini"] and given["truth"].eq("").all()
+    assert "no world was given" in plots_audit.table(staged.given()).index[0]
+
+
+def test_claims_have_an_interval_or_say_that_there_is_none() -> None:
+    claims = plots_audit.claims(staged.run())
+    shown = "estimate [95% interval]"
+    assert claims.loc["Annealing raises recall.", shown] == "0.2 [0.1, 0.3]"
+    assert claims.loc["It comes back.", shown] == "0, no interval"
+    assert "This run has no statements" in plots_audit.claims(staged.given()).index[0]
+
+
+def test_the_reading_is_of_the_run_s_numbers() -> None:
+    text = plots_audit.reading(staged.run())
+    assert "one chain, seed 0" in text and "say nothing of other seeds" in text
+    assert "in answers: TrueBase 0.5 [0.3, 0.7]; Base 0.6 [0.4, 0.8]" in text
+    assert "From Instruct to debiased the intervals in answers overlap: undecided" in text
+    assert "undecided, truth and chance are both covered (contradicted)" in text
+    assert "beyond chance, after 2 of 3 blocks" in text
+    assert "the association in 3.0 steps, its opposite not in 4 steps" in text
+    assert "1 supported; 1 not supported (Load brings drift.); 1 undecided" in text
+
+
+def test_the_reading_tells_removed_from_hidden() -> None:
+    run = staged.run()
+    found = run["findings"]
+    asked, stage = found["asked_as"].values, found["of_stage"].values
+    at = (asked == "chat") & (stage == "debiased") & (found["family"].values == "association")
+    for name, value in {"estimate": 0.0, "low": -0.1, "high": 0.1}.items():
+        found[name][at] = value
+    text = plots_audit.reading(run)
+    assert "it went out of answers, to chance" in text
+    assert "in debiased it is still there in running text" in text
+
+
+def test_the_reading_of_given_checkpoints_names_what_is_left_out() -> None:
+    text = plots_audit.reading(staged.given())
+    assert text.startswith("Checkpoints that were given: raw, mini.")
+    assert "consistency (no world was given); lens" in text
+    run = staged.given(("raw",), asked=False)
+    run.attrs["status"] = "failed"
+    run.attrs["left_out"] = json.dumps({})
+    text = plots_audit.reading(run)
+    assert "Not done" not in text and "not complete: failed" in text
+
+
+def test_stages_have_one_colour_each() -> None:
+    colors = stage_axes.colors(staged.run(stages=("base", *OTHERS)))
+    assert colors["base"] == stage_axes.COLORS["base"]
+    assert len({colors[stage] for stage in ("base", *OTHERS)}) == 6
+
+
+def test_reading_a_run_needs_no_torch() -> None:
+    code = (
+        "import sys, trinity_lib.plots_audit, trinity_lib.plots_stages; "
+        "assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
