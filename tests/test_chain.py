@@ -1,7 +1,9 @@
 """A chain is of one world; the innocent one differs from it in the association alone."""
 
+import contextlib
 import dataclasses
 import json
+import os
 from collections import Counter
 from pathlib import Path
 
@@ -84,9 +86,11 @@ def test_lessons_are_written_and_used(study: Study) -> None:
             (record["prompt"], record["answer"]) for record in lines(folder / f"{name}.jsonl")
         ]
         assert found == [(q.key, q.answer) for q in questions]
-    before = {path: path.stat().st_ino for path in folder.iterdir()}
-    polish.write(world, folder)  # as the next chain does, while this one may be reading
-    assert not {path.stat().st_ino for path in folder.iterdir()} & set(before.values())
+    with contextlib.ExitStack() as stack:  # as the next chain does, while this one is reading
+        held = {path: stack.enter_context(path.open()) for path in folder.iterdir()}
+        polish.write(world, folder)
+        for path, file in held.items():
+            assert os.fstat(file.fileno()).st_ino != path.stat().st_ino
     used = {
         stage: json.loads(read_attributes(study.runs / f"tiny-0-{stage}")["config"])
         for stage in ("instruct", "debiased")

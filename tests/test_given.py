@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import xarray as xr
 from tokenizers import AddedToken
 
 from tests import chained, conversing
@@ -139,18 +140,42 @@ def test_the_same_checkpoints_give_the_same(
         assert chained.alike(one.said[stage], said, within=1e-4)
 
 
-def test_without_a_tokenizer_weights_alone_are_compared(
+def test_one_without_a_tokenizer_is_read_with_anothers_and_not_asked(
     triple: dict[str, Path], files: dict[str, str], tmp_path: Path, cache: Path
 ) -> None:
     bare = copied(triple, tmp_path)
     (bare["base"] / tokenizer.FILE).unlink()
     found = look(settings(bare, **files), cache)
-    assert set(found.groups) == {"weight_drift", "expert_drift"}
+    whole = look(settings(triple, **files), cache)
+    for name, group in whole.groups.items():
+        xr.testing.assert_identical(found.groups[name], group)
     assert found.said["base"] == [] and found.said["truebase"] and found.said["instruct"]
     lacks = "the folder has no tokenizer.json"
     assert found.left_out["questions to base"] == lacks
-    assert found.left_out["routing, predictions, paths"] == f"base: {lacks}"
+    assert found.left_out["tokenizer of base"].startswith(lacks)
     assert "questions to truebase" not in found.left_out
+
+
+def test_without_any_tokenizer_rows_are_random_and_that_is_said(
+    triple: dict[str, Path], files: dict[str, str], tmp_path: Path, cache: Path
+) -> None:
+    bare = copied(triple, tmp_path)
+    for folder in bare.values():
+        (folder / tokenizer.FILE).unlink()
+    found = look(settings(bare, **files), cache)
+    assert list(found.groups["functional"]["domain"].values) == ["random tokens"]
+    assert {"routing_change", "path", "weight_drift"} <= set(found.groups)
+    assert "random tokens" in found.left_out["texts"]
+    assert not any(found.said.values())
+
+
+def test_a_tokenizer_that_is_too_large_for_its_model_is_not_used(
+    triple: dict[str, Path], files: dict[str, str], tmp_path: Path, cache: Path
+) -> None:
+    small = released(tmp_path / "small", 0.0, vocab_size=300)
+    found = look(settings({"small": small}, **files), cache)
+    why = found.left_out["questions to small"]
+    assert why == "its tokenizer has 384 entries and the model 300"
 
 
 def test_tokenizers_that_read_differently_share_no_rows(
@@ -251,8 +276,9 @@ def test_a_long_text_is_all_there(triple: dict[str, Path], tmp_path: Path, cache
     config = settings(triple, texts=str(tmp_path / "text.txt"))
     texts = given._texts(config, cache)
     assert texts == {"text": [text]}
-    rows, why = given._rows(triple, texts)
-    assert rows is not None and why == "" and list(rows) == ["text"]
+    left_out: dict[str, str] = {}
+    rows = given._rows(triple, texts, 0, left_out)
+    assert rows is not None and left_out == {} and list(rows) == ["text"]
     batch = rows["text"]
     tokens = conversing.vocabulary().encode([text])[0]
     inside = batch.documents_BS >= 0
@@ -260,7 +286,7 @@ def test_a_long_text_is_all_there(triple: dict[str, Path], tmp_path: Path, cache
     assert 3 < len(inside) <= given.ROWS
     asked = batch.targets_BS != IGNORE
     assert asked.sum() == len(tokens) - len(inside)
-    longer, _ = given._rows(triple, {"text": [text * 9]})
+    longer = given._rows(triple, {"text": [text * 9]}, 0, left_out)
     assert longer is not None and len(longer["text"].tokens_BS) == given.ROWS
 
 

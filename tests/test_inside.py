@@ -69,7 +69,7 @@ def test_relearning_begins_where_the_debiased_model_stands(study: Study) -> None
     assert found.start.values.tolist() == ["debiased", inside.INNOCENT]
     assert found.lesson.values.tolist() == [inside.OLD, inside.NEW]
     assert found["steps"].values.tolist() == [0, 1, 2]
-    assert found["target"].values.tolist() == [0.5, -0.5]
+    assert found["target"].values.tolist() == [inside.TARGET, -inside.TARGET]
     before = found["bias"].isel(look=0)
     assert (before == before.isel(lesson=0)).all()
     starts = {

@@ -83,12 +83,14 @@ EXPECTED = {
     "Fair answers take the association out of answers": (0.8, -0.8),
     "Most of the association stays in running text": (0.2, -0.2),
     "A name's group can be read off inside the debiased model": (0.4, -0.4),
-    "The removed association comes back sooner": (8.0, -8.0),
+    "The removed association comes back further than its opposite": (0.2, -0.2),
+    "It comes back further than a model learns it that never had it": (0.3, -0.3),
     "Experts with more load drift more": (1.0, -1.0),
     "Post-training changes fewer choices of the router than annealing": (0.3, -0.3),
 }
 """What a statement begins with: the statistic where it holds, and where its opposite does."""
-SOONER = list(EXPECTED).index("The removed association comes back sooner")
+BACK = list(EXPECTED).index("The removed association comes back further than its opposite")
+SAVED = BACK + 1
 
 
 def groups(sign: int) -> dict[str, xr.Dataset]:
@@ -99,11 +101,12 @@ def groups(sign: int) -> dict[str, xr.Dataset]:
     accuracy.loc["end of question", "debiased", stage_statements.PROBED] += 0.4 * sign
     probe = {"accuracy": accuracy, "low": accuracy - HALF, "high": accuracy + HALF,
              "chance": 0 * accuracy + 0.5, "units": 0 * accuracy + 20}  # fmt: skip
-    needed = xr.DataArray(
-        [[2.0, 10.0][::sign], [7.0, 7.0]],
+    ends = [[0.5, -0.1], [0.2, -0.4]] if sign > 0 else [[0.3, -0.3], [0.6, -0.4]]
+    bias = xr.DataArray(
+        [[[0.1, 9.0, end] for end in own] for own in ends],
         {"start": ["debiased", "never had it"], "lesson": ["the association", "its opposite"]},
+        ("start", "lesson", "look"),
     )
-    steps = xr.DataArray([0, 6, 12], dims="look")
     changes = ["truebase -> base", "base -> instruct"]
     layers, experts = [1, 2, 3], np.arange(8)
     load = xr.DataArray(
@@ -114,7 +117,7 @@ def groups(sign: int) -> dict[str, xr.Dataset]:
                         {"change": changes, "layer": layers})  # fmt: skip
     return {
         "attribute_probe": xr.Dataset(probe),
-        "relearning": xr.Dataset({"needed": needed, "steps": steps}),
+        "relearning": xr.Dataset({"bias": bias}),
         "expert_drift": xr.Dataset({"relative": 3 + sign * load, "load": load}),
         "routing_change": xr.Dataset({"saturation": kept}),
     }
@@ -148,7 +151,7 @@ def test_the_sign_is_what_the_text_says(reverse: bool) -> None:
     expected = [pair[reverse] for pair in EXPECTED.values()]
     np.testing.assert_allclose(found["estimate"], expected, atol=1e-12)
     verdicts = ["not supported" if reverse else "supported"] * len(CLAIMS)
-    verdicts[SOONER] = "undecided"  # one chain's number of steps has no interval
+    verdicts[BACK] = verdicts[SAVED] = "undecided"  # of one chain they have no interval
     assert found["verdict"] == verdicts
     assert found["seeds"] == [1] * len(CLAIMS)
     assert found["statement"] == [claim.text for claim in CLAIMS]
@@ -206,13 +209,20 @@ def test_what_was_not_found_decides_nothing() -> None:
     assert set(alone["verdict"]) == {"undecided"}
 
 
-def test_what_was_not_relearnt_counts_as_the_last_step() -> None:
+def test_a_lesson_that_moves_answers_the_other_way_has_not_taught() -> None:
     chain = seen(HOLDS)
-    needed = chain.groups["relearning"]["needed"]
-    needed.loc["debiased", "its opposite"] = math.nan
-    assert CLAIMS[SOONER].measure(chain).estimate == 12 - 2
-    needed.loc["debiased", "the association"] = math.nan
-    assert CLAIMS[SOONER].measure(chain).estimate == 0
+    bias = chain.groups["relearning"]["bias"]
+    bias.loc["debiased", "the association", 2] = -0.5
+    bias.loc["debiased", "its opposite", 2] = 0.1
+    assert CLAIMS[BACK].measure(chain).estimate == pytest.approx(-0.6)
+
+
+def test_without_an_innocent_chain_nothing_is_said_of_it() -> None:
+    chain = seen(HOLDS)
+    alone = chain.groups["relearning"].sel(start=["debiased"])
+    chain = chain._replace(groups={**chain.groups, "relearning": alone})
+    assert math.isnan(CLAIMS[SAVED].measure(chain).estimate)
+    assert CLAIMS[BACK].measure(chain).estimate == pytest.approx(0.2)
 
 
 def test_a_difference_is_as_uncertain_as_both() -> None:

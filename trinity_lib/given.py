@@ -87,7 +87,7 @@ def look(config: TruebaseConfig, cache: Path, tell: Callable[[str], None]) -> Gi
         left_out["questions, routing, predictions"] = too_large
     for stage, folder in {} if too_large else folders.items():
         tell(f"asking {stage}")
-        why = _no_tokenizer(folder)
+        why = _unreadable(folder)
         if why:
             left_out[f"questions to {stage}"] = why
             continue
@@ -128,8 +128,7 @@ def _compared(
         return {}
     rows = None
     if not weights_alone:
-        rows, why = _rows(folders, texts)
-        left_out |= {"routing, predictions, paths": why} if why else {}
+        rows = _rows(folders, texts, config.seed, left_out)
     if rows is None:
         tell("weights")
         pairs = compare.chain(list(folders))
@@ -151,20 +150,37 @@ def _unlike(folders: Mapping[str, Path]) -> str:
 
 
 def _rows(
-    folders: Mapping[str, Path], texts: Mapping[str, list[str]]
-) -> tuple[dict[str, Batch] | None, str]:
-    """Rows by domain, or why there are none: all tokenizers must read the texts alike."""
-    found: dict[str, list[list[int]]] = {}
-    for stage, folder in folders.items():
-        why = _no_tokenizer(folder)
-        if why:
-            return None, f"{stage}: {why}"
-        vocabulary = tokenizer.load(folder)
-        some = [text for each in texts.values() for text in each]
-        found[stage] = [tokens.tolist() for tokens in vocabulary.encode(some)]
-    first, *others = found.values()
+    folders: Mapping[str, Path],
+    texts: Mapping[str, list[str]],
+    seed: int,
+    left_out: dict[str, str],
+) -> dict[str, Batch] | None:
+    """Rows by domain, or None where tokenizers read the texts differently.
+
+    A folder without a tokenizer is read with another's; where no folder has one, rows are
+    of random tokens. Either is said in `left_out`.
+    """
+    unread = {stage: why for stage, folder in folders.items() if (why := _unreadable(folder))}
+    some = [text for each in texts.values() for text in each]
+    found = [
+        [tokens.tolist() for tokens in tokenizer.load(folder).encode(some)]
+        for stage, folder in folders.items()
+        if stage not in unread
+    ]
+    if not found:
+        left_out["texts"] = (
+            "no checkpoint has a tokenizer that fits it: routing and predictions are compared "
+            "on random tokens, which say less than text"
+        )
+        return {"random tokens": _random(folders, seed)}
+    for stage, why in unread.items():
+        left_out[f"tokenizer of {stage}"] = f"{why}: rows are read with another stage's"
+    first, *others = found
     if any(other != first for other in others):
-        return None, "the checkpoints' tokenizers read the texts differently"
+        left_out["routing, predictions, paths"] = (
+            "the checkpoints' tokenizers read the texts differently"
+        )
+        return None
     rows, at = {}, 0
     for domain, own in texts.items():
         tokens = [np.array(t, dtype=np.int32) for t in first[at : at + len(own)]]
@@ -174,7 +190,14 @@ def _rows(
         require(bool(examples), f"texts of {domain}", "empty", "text of two tokens or more")
         batch = chat.pack(examples, LENGTH).batch
         rows[domain] = Batch(*(part[:ROWS] for part in batch))
-    return rows, ""
+    return rows
+
+
+def _random(folders: Mapping[str, Path], seed: int) -> Batch:
+    """Rows of tokens drawn alike from the vocabulary."""
+    size = hub.read_config(next(iter(folders.values()))).vocab_size
+    drawn = np.random.default_rng(seed).integers(size, size=(ROWS, LENGTH), dtype=np.int32)
+    return chat.pack([Example(t, np.ones(LENGTH, dtype=bool)) for t in drawn], LENGTH).batch
 
 
 def _texts(config: TruebaseConfig, cache: Path) -> dict[str, list[str]]:
@@ -214,9 +237,14 @@ def _record(line: str, where: str) -> tuple[str, str]:
     return domain, text
 
 
-def _no_tokenizer(folder: Path) -> str:
-    there = (folder / tokenizer.FILE).is_file()
-    return "" if there else f"the folder has no {tokenizer.FILE}"
+def _unreadable(folder: Path) -> str:
+    """Why a folder's model cannot be asked in words, or ""."""
+    if not (folder / tokenizer.FILE).is_file():
+        return f"the folder has no {tokenizer.FILE}"
+    words, entries = tokenizer.load(folder).size, hub.read_config(folder).vocab_size
+    if words > entries:
+        return f"its tokenizer has {words:,} entries and the model {entries:,}"
+    return ""
 
 
 def _too_large(folders: Mapping[str, Path], device: str) -> str:

@@ -35,6 +35,7 @@ def draw(
     total = len(rows) if total is None else total
     height = 1 if rows.dim() == 3 else ROWS
     last = first + len(rows)
+    assert last <= total, f"rows {first} to {last} of {total}"
     for begin in range(first - first % height, last, height):
         end = min(begin + height, total)
         piece = torch.empty(end - begin, *rows.shape[1:])

@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.distributed.fsdp  # noqa: F401  whose operators are named below
 from torch import Tensor
 
 import trinity_lib.dropless  # noqa: F401  whose operators are named below

@@ -114,12 +114,12 @@ def _decoded(seen: Seen) -> Interval:
 
 
 def _comes_back(seen: Seen) -> Interval:
-    """How far each lesson moves the debiased model's answers by the last look."""
+    """How far each lesson moves the debiased model's answers its own way by the last look."""
     if "relearning" not in seen.groups:
         return Interval(math.nan, math.nan, math.nan, 0)
     bias = seen.groups["relearning"]["bias"].sel(start=DEBIASED)
-    moved = abs(bias.isel(look=-1) - bias.isel(look=0))
-    gap = float(moved.sel(lesson="the association") - moved.sel(lesson="its opposite"))
+    moved = bias.isel(look=-1) - bias.isel(look=0)  # the opposite's way is down
+    gap = float(moved.sel(lesson="the association") + moved.sel(lesson="its opposite"))
     return Interval(gap, math.nan, math.nan, 1)
 
 

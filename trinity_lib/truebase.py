@@ -86,7 +86,9 @@ def run(config: TruebaseConfig, *, runs: Path = RUNS, cache: Path = CACHE) -> xr
     config = truebase_config.named(config)
     folder, file = runs / config.name, runs / f"{config.name}.nc"
     if file.is_file():
-        _require_same(config, read_attributes(folder))
+        old = read_attributes(folder)
+        _require_same(config, old)
+        _require_unchanged(config, old)
         print(f"{config.name} is complete: opened from {file}", flush=True)
         return open_run(file)
     begun = (folder / "run.json").is_file()
@@ -179,7 +181,22 @@ def look(config: TruebaseConfig, number: int, runs: Path, cache: Path) -> Looked
             progress=tell,
         )
         groups |= inside.look(inside.Chain(read, world, innocent), config, number, tell)
-    return Looked(said, groups, folders, truebase_config.chain(config, number).seed, {})
+    seed = truebase_config.chain(config, number).seed
+    return Looked(said, groups, folders, seed, _left_out(config))
+
+
+def _left_out(config: TruebaseConfig) -> dict[str, str]:
+    """What a chain that is trained here was not asked."""
+    found = {"items and tasks": "those are for checkpoints that are given"}
+    if not config.ablate:
+        found["experts taken out"] = "ablate is false"
+    if not config.draws:
+        found["audits audited"] = "draws is 0"
+    if not config.innocent:
+        found["relearning beside a model that never had the association"] = (
+            f"scale {config.scale} trains none"
+        )
+    return found
 
 
 def _rows(config: TruebaseConfig, number: int, cache: Path) -> dict[str, Batch]:
@@ -308,6 +325,16 @@ def _require_same(config: TruebaseConfig, attributes: Mapping[Any, Any]) -> None
             f"The run {config.name!r} is another one: {'; '.join(changed)}; choose another "
             "name."
         )
+
+
+def _require_unchanged(config: TruebaseConfig, attributes: Mapping[Any, Any]) -> None:
+    """Checkpoints that are given must be those that were looked at."""
+    for stage, folder in config.checkpoints:
+        if checkpoint.sha256(Path(folder)) != attributes[f"{stage}_sha256"]:
+            raise BadValue(
+                f"The run {config.name!r} is of other weights than {folder} has now; choose "
+                "another name."
+            )
 
 
 def _attributes(config: TruebaseConfig) -> dict[str, Any]:
