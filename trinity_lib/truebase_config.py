@@ -110,8 +110,8 @@ def small() -> TruebaseConfig:
     return TruebaseConfig(
         scale="small",
         seeds=4,
-        steps=(200, 100),
-        instruct=(Stage(kind="sft", steps=80), Stage(kind="dpo", steps=15, rate=0.2)),
+        steps=(300, 150),
+        instruct=(Stage(kind="sft", steps=120), Stage(kind="dpo", steps=15, rate=0.2)),
         debias=Stage(kind="sft", steps=60),
         relearn=30,
         innocent=True,
