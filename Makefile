@@ -43,7 +43,7 @@ train: setup
 	$(PY) -m papermill notebooks/train.ipynb runs/train.ipynb --progress-bar --log-output
 
 test: setup
-	$(PY) -m pytest
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile
 	TRITON_INTERPRET=1 $(PY) -m pytest tests/interpreter
 
 check: setup

@@ -149,7 +149,7 @@ def test_stages_stand_side_by_side(model: Trinity) -> None:
     group = ablation.dataset({"base": one, "instruct": one})
     assert group.effect.dims == ("ablated", "measure", "layer", "expert")
     assert group.layer.values.tolist() == [1, 2, 3]
-    at = group.effect.sel(stage="base", layer=2, expert=5)
+    at = group.effect.sel(ablated="base", layer=2, expert=5)
     assert at.sel(measure="more").item() == pytest.approx(2 * at.sel(measure="loss").item())
     assert np.allclose(group.used.sum("expert"), 2)
     with pytest.raises(BadValue, match="same measures and experts"):

@@ -187,8 +187,15 @@ def test_who_can_add_agrees_both_ways_and_who_cannot_take_away_does_not(
     assert one_off["a - b + b, a", "same first answer, share"].estimate == 0
 
 
-def test_turned_problems_that_the_generator_is_not_asked_have_no_truth(full: World) -> None:
+def test_the_generator_can_turn_a_problem_round(full: World) -> None:
     for finding in behaviour.two_ways(Oracle(full), full):
+        assert finding.truth == finding.estimate == 1
+        assert finding.recovered
+
+
+def test_where_results_are_drawn_turned_problems_have_no_truth() -> None:
+    null = planted.world(replace(SMALL, planted=False))
+    for finding in behaviour.two_ways(Oracle(null), null):
         assert math.isnan(finding.truth)
 
 

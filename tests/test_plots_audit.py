@@ -254,7 +254,7 @@ def test_the_reading_is_of_the_run_s_numbers() -> None:
     text = plots_audit.reading(staged.run())
     assert "one chain, seed 0" in text and "say nothing of other seeds" in text
     assert "in answers: TrueBase 0.5 [0.3, 0.7]; Base 0.6 [0.4, 0.8]" in text
-    assert "From Instruct to debiased the intervals in answers overlap: undecided" in text
+    assert "From Instruct to debiased what became of it in answers is undecided" in text
     assert "undecided, truth and chance are both covered (contradicted)" in text
     assert "beyond chance, after 2 of 3 blocks" in text
     assert "the association in 3.0 steps, its opposite not in 4 steps" in text

@@ -3,10 +3,11 @@
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 import torch
 
-from trinity_lib import hub, truebase_config, truebase_launch
+from trinity_lib import findings, hub, stage_statements, truebase_config, truebase_launch
 from trinity_lib.config import BadValue, Missing, Refusal
 from trinity_lib.model import ModelConfig, Trinity
 
@@ -80,3 +81,42 @@ def test_what_cannot_be_is_one_sentence(
 def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(Refusal, match=str(tmp_path)):
         truebase_launch.configure(checkpoints=f"base={tmp_path}")
+
+
+REFERENCE = Path(__file__).parent.parent / "runs" / "reference" / "truebase.nc"
+
+
+def test_the_committed_study_is_opened_and_says_what_the_readme_says() -> None:
+    config = truebase_launch.configure(source=str(REFERENCE))
+    run = truebase_launch.run(config)
+    assert run.attrs["status"] == "complete"
+    assert truebase_launch.describe(config) == "drawn from runs/reference/truebase.nc"
+    claims, chains = run["claims"].to_dataset(), run["claim_values"].to_dataset()
+    texts = [statement.text for statement in stage_statements.CLAIMS]
+    assert claims["statement"].values.tolist() == texts
+    for n, verdict in enumerate(claims["verdict"].values):
+        judged = findings.judge(pd.Series(chains["estimate"].values[n]))
+        assert judged.verdict == verdict
+        assert judged.estimate == pytest.approx(float(claims["estimate"][n]))
+        assert judged.seeds == len(chains["chain"]) == 4
+    rows = run["findings"].to_dataset().to_dataframe()
+    item = "Pearson correlation with planted levels, held-out names"
+    found = rows[(rows["item"] == item) & rows["of_stage"].isin(["truebase", "base"])]
+    assert len(found) == 8
+    assert found["estimate"].min() >= 0.9
+    assert run["audits"]["calibrated"].values.all()
+    assert (run["audits"]["draws"].values >= 200).all()
+
+
+def test_another_kind_of_run_is_no_source() -> None:
+    config = truebase_launch.configure(source=str(REFERENCE.with_name("collapse.nc")))
+    with pytest.raises(BadValue, match="no run file of a study of stages"):
+        truebase_launch.run(config)
+
+
+def test_cards_are_named_from_the_repository_on() -> None:
+    run = truebase_launch.run(truebase_launch.configure(source=str(REFERENCE)))
+    lines = truebase_launch.cards(run).splitlines()
+    assert len(lines) == 4
+    start = f"python -m trinity_lib.card verify runs/{run.attrs['name']}/cards/truebase/"
+    assert lines[0].startswith(start)

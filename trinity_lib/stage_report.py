@@ -244,19 +244,36 @@ def _last(run: xr.DataTree, rows: pd.DataFrame) -> list[str]:
     order = [s for s in stages(run) if "chat" in both and s in both["chat"].index]
     if len(order) < 2 or "text" not in both or order[-1] not in both["text"].index:
         return []
-    before, after = (both["chat"].loc[stage] for stage in order[-2:])
+    after = both["chat"].loc[order[-1]]
     step = f"From {name(order[-2])} to {name(order[-1])}"
-    if after["high"] < before["low"]:
+    low, high = _moved(run, order[-2], order[-1])
+    if high < 0:
         told = f"{step} it went out of answers" + (
             ", to chance" if after["at_chance"] else ", though not wholly"
         )
-    elif after["low"] > before["high"]:
+    elif low > 0:
         told = f"{step} it grew in answers"
     else:
-        told = f"{step} the intervals in answers overlap: undecided"
+        told = f"{step} what became of it in answers is undecided"
     text = both["text"].loc[order[-1]]
     left = "undecided in running text" if text["at_chance"] else "still there in running text"
     return [f"{told}; in {name(order[-1])} it is {left}."]
+
+
+def _moved(run: xr.DataTree, before: str, after: str) -> tuple[float, float]:
+    """Interval of what the slope in answers grew by: paired over chains, where there are some.
+
+    Of one chain, the two intervals apart from each other: wider than a paired one.
+    """
+    rows = chosen(findings(run), *SLOPE)
+    rows = rows[rows["asked_as"] == "chat"].set_index(["of_stage", "model_seed"])
+    first, last = rows.loc[before], rows.loc[after]
+    if len(first) > 1:
+        gaps = np.asarray(last["estimate"] - first["estimate"], dtype=float)
+        found = intervals.mean(gaps, [str(seed) for seed in first.index])
+        return found.low, found.high
+    old, new = first.iloc[0], last.iloc[0]
+    return new["low"] - old["high"], new["high"] - old["low"]
 
 
 def _inside(run: xr.DataTree) -> list[str]:

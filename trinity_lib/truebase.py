@@ -83,6 +83,8 @@ def run(config: TruebaseConfig, *, runs: Path = RUNS, cache: Path = CACHE) -> xr
     study that is complete is opened. Raises BadValue where its name is another study's, or
     for what of given checkpoints cannot be used.
     """
+    if config.source:
+        return _study_in(Path(config.source))
     config = truebase_config.named(config)
     folder, file = runs / config.name, runs / f"{config.name}.nc"
     if file.is_file():
@@ -114,6 +116,13 @@ def run(config: TruebaseConfig, *, runs: Path = RUNS, cache: Path = CACHE) -> xr
         writer.close("failed", str(error) if known else f"{type(error).__name__}: {error}")
         raise
     return open_run(file)
+
+
+def _study_in(file: Path) -> xr.DataTree:
+    run = open_run(file)
+    if "findings" not in run:
+        raise BadValue(f"source is '{file}', which is no run file of a study of stages.")
+    return run
 
 
 def _found(config: TruebaseConfig, folder: Path, runs: Path, cache: Path) -> list[Looked]:

@@ -62,6 +62,8 @@ class TruebaseConfig:
     """Tasks of lm_eval."""
     limit: int = 100
     """Items of an lm_eval task, at most."""
+    source: str = ""
+    """Run file of a study that is complete, to be drawn again; nothing is done then."""
     reader: Literal["trinity", "transformers"] = "trinity"
     """Whose model answers the audits."""
     seed: int = 0

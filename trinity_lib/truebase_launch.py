@@ -14,6 +14,7 @@ from trinity_lib.card import JSON
 from trinity_lib.config import Missing, convert, require
 from trinity_lib.interview import Reader
 from trinity_lib.posttrain_config import Stage
+from trinity_lib.record import ROOT
 from trinity_lib.train import RUNS
 from trinity_lib.truebase_config import SCALES, Scale, TruebaseConfig
 
@@ -33,6 +34,7 @@ def configure(
     texts: str = "",
     tasks: str = "",
     limit: int = 100,
+    source: str = "",
     reader: str = "trinity",
     seed: int = 0,
     workers: int | None = None,
@@ -66,6 +68,7 @@ def configure(
         texts=_file("texts", texts),
         tasks=tuple(launch.listed(convert(str, tasks, "tasks"))),
         limit=convert(int, limit, "limit"),
+        source=_file("source", source),
         reader=convert(Reader, reader, "reader"),
         seed=convert(int, seed, "seed"),
         threads=convert(int, threads, "threads"),
@@ -78,6 +81,8 @@ def configure(
 
 def describe(config: TruebaseConfig) -> str:
     """What is about to be done."""
+    if config.source:
+        return f"drawn from {_shown(Path(config.source))}"
     if config.checkpoints:
         return "\n".join(_described(stage, Path(at)) for stage, at in config.checkpoints)
     raw, clean = config.steps
@@ -103,15 +108,26 @@ def left_out(run: xr.DataTree) -> str:
     return "\n".join(f"left out: {what}: {why}" for what, why in reasons.items())
 
 
+def drawn_from(run: xr.DataTree, config: TruebaseConfig) -> Path:
+    """The file that the figures are drawn from."""
+    return _shown(Path(config.source)) if config.source else launch.run_file(run)
+
+
 def cards(run: xr.DataTree) -> str:
     """Where each stage's card is, and the command that checks its folder, a line each."""
-    folder = RUNS / run.attrs["name"]
+    folder = _shown(RUNS / run.attrs["name"])
     where: dict[str, str] = json.loads(run.attrs["cards"])
     audited: dict[str, str] = json.loads(run.attrs["folders"])
     check = "python -m trinity_lib.card verify"
     return "\n".join(
-        f"{check} {folder / place / JSON} {audited[stage]}" for stage, place in where.items()
+        f"{check} {folder / place / JSON} {_shown(Path(audited[stage]))}"
+        for stage, place in where.items()
     )
+
+
+def _shown(path: Path) -> Path:
+    """From the repository's root on, where it is inside."""
+    return path.relative_to(ROOT) if path.is_relative_to(ROOT) else path
 
 
 def _described(stage: str, folder: Path) -> str:
