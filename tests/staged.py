@@ -136,6 +136,11 @@ def compared(stages: Sequence[str], experts: int = 6) -> dict[str, xr.Dataset]:
         "functional": _filled(
             "functional", {"change": moved, "domain": domains}, divergence=[0.3, 0.6],
             low=[0.2, 0.5], high=[0.4, np.inf], same_first=0.8),
+        "task_vector": _filled(
+            "task_vector",
+            {"task": [f"{stages[0]} + ({stages[-1]} - {stages[1]})"],
+             "scale": [-1.0, 0.0, 1.0], "domain": domains},
+            loss=[[[2.0, 3.0], [1.0, 2.0], [1.5, 1.9]]]),
         "path": _filled("path", {"change": moved, "alpha": alpha}, loss=loss, barrier=1.0),
     }  # fmt: skip
 
@@ -145,6 +150,10 @@ def _inside(stages: Sequence[str]) -> dict[str, xr.Dataset]:
     places = ["name", "end of text", "end of question"]
     p = np.array([0.6, 0.01, 0.001])
     accuracy = np.array([0.5, 0.8, 1.0])
+    starts = [stages[-1], "never had it"]
+    control = np.array([0.5, 0.6, 0.7])
+    read = np.array([*[accuracy] * len(stages), control])
+    moved = [[[0, 0.3, 0.6], [0, -0.2, -0.4]], [[0.6, 0.7, 0.8], [0.1, -0.1, -0.2]]]
     effect = np.zeros((1, 2, 2, 6))
     effect[0, 0, 1, 4] = -0.5
     z = np.zeros_like(effect)
@@ -155,15 +164,21 @@ def _inside(stages: Sequence[str]) -> dict[str, xr.Dataset]:
         "lens": _filled("lens", {"stage": stages, "block": blocks}, right=accuracy,
                         rank=[9.0, 2.0, 1.0], depth=1.5, low=1.2, high=1.8),
         "attribute_probe": _filled(
-            "attribute_probe", {"place": places, "stage": stages, "block": blocks},
-            accuracy=accuracy, low=accuracy - 0.1, high=np.minimum(1, accuracy + 0.1),
+            "attribute_probe",
+            {"place": places, "probed": [*stages, "never had it"], "block": blocks},
+            accuracy=read, low=read - 0.1, high=np.minimum(1, read + 0.1),
             chance=0.5, p=p, p_adjusted=p, units=44),
+        "association_lens": _filled(
+            "association_lens",
+            {"lens_place": places[1:], "probed": [*stages, "never had it"], "block": blocks},
+            slope=np.array([0.0, 0.4, 0.7]), low=np.array([-0.1, 0.3, 0.6]),
+            high=np.array([0.1, 0.5, 0.9]), units=20),
         "relearning": _filled(
             "relearning",
-            {"start": [stages[-1]], "lesson": ["the association", "its opposite"],
+            {"start": starts, "lesson": ["the association", "its opposite"],
              "look": np.arange(3)},
-            bias=[[[0, 0.3, 0.6], [0, -0.2, -0.4]]], steps=[0, 2, 4], target=[0.5, -0.5],
-            needed=[[3.0, NAN]]),
+            bias=moved, steps=[0, 2, 4], target=[0.5, -0.5],
+            needed=[[3.0, NAN], [0.0, NAN]]),
         "ablation": _filled(
             "ablation",
             {"ablated": [stages[0]], "measure": ["association", "recall"], "layer": [1, 2],

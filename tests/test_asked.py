@@ -169,5 +169,20 @@ def test_a_tokenizer_without_marks_is_asked_too(model: Trinity, vocabulary: Voca
     assert len(subject.complete(["The code"], 3)[0]) > 0
     with pytest.raises(BadValue, match="it must be text"):
         subject.complete([""], 3)
-    with pytest.raises(BadValue, match="answers"):
+    with pytest.raises(BadValue, match="prompts is ''; it must be text"):
         subject.score([""], [[" of"]])
+    with pytest.raises(BadValue, match="answers is 'empty'"):
+        subject.score(["The code"], [[" of", ""]])
+
+
+def test_a_prompt_that_is_one_token_with_its_answer_is_named(model: Trinity) -> None:
+    """Not where a begin mark stands before both."""
+    merged = tokenizer.train(["sun " * 99], 300)
+    assert len(merged.encode(["sun"])[0]) == 3  # both marks, and the word
+    bare = Asked(model, Vocabulary(merged.tokenizer, None, None))
+    with pytest.raises(BadValue, match="'su' and the answer 'n' are one token together") as one:
+        bare.score(["su"], [["n"]])
+    with pytest.raises(BadValue, match="'su' and the answer 'n x' begin with a token of both"):
+        bare.score(["su"], [["n x"]])
+    assert "\n" not in str(one.value)
+    assert Asked(model, merged).score(["su"], [["n"]])[0][0] < 0

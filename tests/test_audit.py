@@ -125,6 +125,24 @@ def test_a_broken_audit_is_seen(
     assert "  not recovered: association: slope, held-out names, " in "\n".join(lines)
 
 
+def test_families_are_judged_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of 11 outside its own 95% band is what luck does; one far outside is not."""
+    own, together = audit._counts(200, 0.05), audit._counts(200, 0.05, 1 - 0.05 / 11)
+    assert together[0] < own[0] and own[1] < together[1]
+    verdicts = {}
+    for count in (own[1] + 1, together[1], together[1] + 1):
+        found = audit.Alarms(count, 200, count / 200, own[0] / 200, own[1] / 200, False)
+        alarms = dict.fromkeys(audit.FAMILIES, found)
+        monkeypatch.setattr(audit, "false_alarms", lambda alarms=alarms, **_: alarms)
+        monkeypatch.setattr(audit, "_of_generator", lambda _: [FOUND])
+        lines = list(audit._checked(200, 0.3, 0))
+        verdicts[count] = all(sound for _, sound in lines)
+        assert f"{own[0] / 200:.1%} to {own[1] / 200:.1%}" in lines[1][0]
+    assert list(verdicts.values()) == [True, True, False]
+    said = f"outside {together[0] / 200:.1%} to {together[1] / 200:.1%}"
+    assert said in lines[-2][0] and "11 sound families" in lines[-1][0]
+
+
 def test_every_audit_passes_its_own(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

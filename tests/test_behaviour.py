@@ -254,6 +254,13 @@ def test_refusals_are_told_apart_by_whether_the_answer_is_known() -> None:
     assert found["refusals", "of what is known, share"].estimate == 0.25
     apart = found["refusals", "of what is in no text less known, share"]
     assert apart.estimate == pytest.approx(0.65) and apart.units == 14
+    people = [*"abcdefghij", *"abkl"]
+    assert (
+        named(refusals(refused, known, people))[
+            "refusals", "of what is in no text less known, share"
+        ].units
+        == 12
+    )
     same = refusals([True] * 14, known, [str(i) for i in range(14)])[-1]
     assert same.estimate == 0 and same.at_chance
     with pytest.raises(BadValue, match="known is 2; it must be of some questions"):

@@ -121,11 +121,12 @@ def test_a_released_triple_is_asked_and_compared(
     assert set(audit.FAMILIES) <= set(left_out) and lm_tasks.FAMILY in left_out
     assert items.FAMILY not in left_out and all(left_out.values())
     assert "relearning" in " ".join(left_out)
+    hashes = json.loads(tree.attrs["checkpoints_sha256"])
     for stage, folder in triple.items():
         made = card.read(tmp_path / "mine" / "cards" / stage / card.JSON)
         assert card.verify(made, folder) == [] and made["not-asked"] == left_out
         assert set(made["data"]) == {"items", "texts"} and not made["run"]
-        assert tree.attrs[f"{stage}_sha256"] == made["checkpoint"]["weights"]
+        assert hashes[stage] == made["checkpoint"]["weights"]
 
 
 def test_the_same_checkpoints_give_the_same(
@@ -197,9 +198,88 @@ def test_other_shapes_are_not_compared(
     assert found.groups == {} and found.said["one"] and found.said["other"]
     why = "other is another model than one: router.num_experts is 5 and was 6"
     assert found.left_out["comparisons"] == why
-    dense = {n: released(tmp_path / n, x, num_dense_layers=3) for n, x in (("a", 0), ("b", 1))}
-    found = look(settings(dense, **files), cache)
-    assert found.left_out["comparisons"] == "the models have no experts" and found.said["a"]
+
+
+def test_dense_models_are_compared_but_for_routing(
+    files: dict[str, str], tmp_path: Path, cache: Path
+) -> None:
+    noises = (("a", 0.0), ("b", 0.01), ("c", 0.02))
+    dense = {n: released(tmp_path / n, noise, num_dense_layers=3) for n, noise in noises}
+    tree = truebase.run(settings(dense, **files), runs=tmp_path / "runs", cache=cache)
+    assert set(tree.children) == {"findings", "weight_drift", "functional", "path"}
+    left_out = json.loads(tree.attrs["left_out"])
+    assert left_out["routing"] == "the models have no experts" and "comparisons" not in left_out
+    changes = ["a -> b", "b -> c", "a -> c"]
+    for name in ("weight_drift", "functional", "path"):
+        assert tree[name].change.values.tolist() == changes
+    ends = tree["path"]["loss"].sel(alpha=[0.0, 1.0]).values
+    assert ends[0, 1] == ends[1, 0] and ends[2].tolist() == [ends[0, 0], ends[1, 1]]
+    assert (tree["functional"]["divergence"] > 0).all()
+
+
+def test_another_vocabulary_leaves_routing_to_be_compared(
+    triple: dict[str, Path], files: dict[str, str], tmp_path: Path, cache: Path
+) -> None:
+    """A vocabulary that is padded, as when marks of turns are added: on texts."""
+    padded = released(tmp_path / "padded", 0.01, vocab_size=400)
+    found = look(settings({"one": triple["truebase"], "other": padded}, **files), cache)
+    assert set(found.groups) == {"stage_routing", "routing_change"}
+    why = "other is another model than one: vocab_size is 400 and was 384"
+    assert [found.left_out[each] for each in ("weights", "predictions", "paths")] == [why] * 3
+    assert not {"comparisons", "routing", "texts"} & set(found.left_out)
+    small = {"one": triple["truebase"], "small": released(tmp_path / "s", 0.0, vocab_size=300)}
+    found = look(settings(small, **files), cache)
+    assert set(found.groups) == {"stage_routing", "routing_change"}
+    assert "routing" not in found.left_out
+    (tmp_path / "long.txt").write_text(TEXTS[0][0])
+    config = settings(small, texts=str(tmp_path / "long.txt"))
+    rows = given._rows(small, given._texts(config, cache), 0, left_out := {})
+    assert rows is not None and list(rows) == ["random tokens"]
+    assert rows["random tokens"].tokens_BS.max() < 300
+    assert "tokens that one of the models lacks" in left_out["texts"]
+
+
+def test_the_same_routing_is_found_beside_another_vocabulary(
+    triple: dict[str, Path], files: dict[str, str], tmp_path: Path, cache: Path
+) -> None:
+    """Of a stage whose vocabulary is padded without a change to any other weight."""
+    padded = tmp_path / "padded"
+    model = transformers.AutoModelForCausalLM.from_pretrained(triple["instruct"])
+    model.resize_token_embeddings(400, mean_resizing=False)
+    model.save_pretrained(padded)
+    conversing.vocabulary().save(padded)
+    whole = look(settings({s: triple[s] for s in ("base", "instruct")}, **files), cache)
+    found = look(settings({"base": triple["base"], "instruct": padded}, **files), cache)
+    for name in ("stage_routing", "routing_change"):
+        xr.testing.assert_allclose(found.groups[name], whole.groups[name])
+
+
+def test_a_setting_that_changes_no_shape_leaves_weights_and_predictions(
+    triple: dict[str, Path], files: dict[str, str], tmp_path: Path, cache: Path
+) -> None:
+    pairs = (
+        ({"sliding_window": 4}, ("paths",)),
+        ({"num_experts_per_tok": 3}, ("routing", "paths")),
+    )
+    for change, barred in pairs:
+        other = released(tmp_path / next(iter(change)), 0.01, **change)
+        found = look(settings({"one": triple["base"], "other": other}, **files), cache)
+        assert [each for each in given.COMPARED if each in found.left_out] == list(barred)
+        expected = set(GROUPS) - {"path"}
+        if "routing" in barred:
+            expected -= {"stage_routing", "routing_change"}
+        assert set(found.groups) == expected
+        assert found.groups["expert_drift"]["load"].isnull().all() == ("routing" in barred)
+
+
+def test_checkpoints_may_be_named_as_releases_are(
+    triple: dict[str, Path], files: dict[str, str], tmp_path: Path, cache: Path
+) -> None:
+    named = {"Trinity-Mini-v1.5": triple["base"], "10T": triple["instruct"]}
+    tree = truebase.run(settings(named, **files), runs=tmp_path, cache=cache)
+    assert tree.attrs["status"] == "complete"
+    assert tree["path"].change.values.tolist() == ["Trinity-Mini-v1.5 -> 10T"]
+    assert (tmp_path / "mine" / "cards" / "Trinity-Mini-v1.5" / card.JSON).is_file()
 
 
 def test_one_checkpoint_alone_with_nothing_to_ask(
@@ -242,7 +322,7 @@ def test_a_known_world_is_asked_about(
     assert families == set(audit.FAMILIES) and not families & set(found.left_out)
     talked = {f.family for how, f in found.said["raw"] if how == "chat"}
     assert talked == {"association", "instruction"}
-    assert "association in conversations with raw" not in found.left_out
+    assert "conversations with raw" not in found.left_out
 
 
 @pytest.mark.parametrize("kind", ["no end", "chatml"])
@@ -264,8 +344,8 @@ def test_conversations_that_cannot_be_are_named(
     config = settings({"raw": folder}, world_file=str(planted.write(world, tmp_path)))
     found = look(config, cache)
     families = {f.family for how, f in found.said["raw"] if how == "chat"}
-    assert families == ({"instruction"} if kind == "chatml" else set())
-    why = found.left_out["association in conversations with raw"]
+    assert families == set()
+    why = found.left_out["conversations with raw"]
     assert ("a text cannot spell" if kind == "chatml" else "no end mark") in why
 
 
@@ -402,7 +482,8 @@ def test_a_folder_that_was_replaced_is_known_by_its_new_hash(
     shutil.copytree(triple["base"], folder, dirs_exist_ok=True)
     tree = truebase.run(config, runs=tmp_path / "runs", cache=cache)
     made = card.read(tmp_path / "runs" / "mine" / "cards" / "raw" / card.JSON)
-    assert tree.attrs["raw_sha256"] == made["checkpoint"]["weights"]
+    hashes = json.loads(tree.attrs["checkpoints_sha256"])
+    assert hashes == {"raw": made["checkpoint"]["weights"]}
 
 
 def test_a_stage_of_a_chain_can_be_given(

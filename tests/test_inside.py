@@ -55,6 +55,7 @@ def test_the_lens_ends_with_what_the_model_says(
 
 def test_names_are_probed_at_three_places(study: Study) -> None:
     found = study.tree["attribute_probe"].to_dataset()
+    assert found.probed.values.tolist() == [*STAGES, inside.INNOCENT]
     assert found.place.values.tolist() == list(inside.PLACES)
     assert (found["units"] == len(WORLD.names)).all()
     assert not any(found[name].isnull().any() for name in ("accuracy", "low", "high", "chance"))
@@ -62,6 +63,22 @@ def test_names_are_probed_at_three_places(study: Study) -> None:
     at_question = found.sel(place="end of question")
     assert at_question["seen"].isnull().all()  # one prompt
     assert found["seen"].sel(place="name").notnull().all()
+
+
+def test_the_last_blocks_association_is_the_models_own(study: Study) -> None:
+    found = study.tree["association_lens"].to_dataset()
+    assert found.probed.values.tolist() == [*STAGES, inside.INNOCENT]
+    rows = study.tree["findings"].to_dataset().to_dataframe()
+    rows = rows[rows["item"] == "slope, held-out names"].set_index(["asked_as", "of_stage"])
+    for asked_as, place in (("text", "end of text"), ("chat", "end of question")):
+        for stage in STAGES:
+            last = found.sel(lens_place=place, probed=stage).isel(block=-1)
+            own = rows.loc[(asked_as, stage)]
+            for name, wanted in (("slope", "estimate"), ("low", "low"), ("high", "high")):
+                assert float(last[name]) == pytest.approx(own[wanted], abs=1e-4)
+            assert int(last["units"]) == own["units"]
+    first = found.isel(block=0)
+    np.testing.assert_allclose(first["slope"], 0, atol=1e-9)  # it has not seen the name
 
 
 def test_relearning_begins_where_the_debiased_model_stands(study: Study) -> None:
@@ -115,10 +132,11 @@ def test_experts_of_the_base_are_taken_out_one_by_one(
 
 
 def test_experts_are_taken_out_if_that_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("_lens", "_probes", "_relearning", "_ablation"):
+    for name in ("_lens", "_probes", "_association_lens", "_relearning", "_ablation"):
         monkeypatch.setattr(inside, name, lambda *_, name=name: name)
     told: list[str] = []
+    looks = ["lens", "attribute_probe", "association_lens", "relearning"]
     found = inside.look(inside.Chain({}, WORLD), chained.TINY, 0, told.append)
-    assert list(found) == ["lens", "attribute_probe", "relearning"] and len(told) == 3
+    assert list(found) == looks and len(told) == 3
     found = inside.look(inside.Chain({}, WORLD), FULL, 0, told.append)
-    assert list(found) == ["lens", "attribute_probe", "relearning", "ablation"]
+    assert list(found) == [*looks, "ablation"]

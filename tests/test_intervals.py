@@ -26,9 +26,36 @@ def test_a_cluster_counts_once_however_often_it_is_asked() -> None:
 
 def test_a_difference_is_welchs(rng: np.random.Generator) -> None:
     a, b = rng.normal(size=9), 3 * rng.normal(size=14)
-    found = intervals.difference(a, [str(i) for i in range(9)], b, [str(i) for i in range(14)])
+    names = [str(i) for i in range(23)]
+    found = intervals.difference(a, names[:9], b, names[9:])
     known = stats.ttest_ind(a, b, equal_var=False).confidence_interval()
     assert found == pytest.approx((a.mean() - b.mean(), known.low, known.high, 23))
+
+
+def test_a_difference_of_the_same_clusters_is_of_pairs(rng: np.random.Generator) -> None:
+    names = [str(i) for i in range(9)]
+    a, b = rng.normal(size=9), rng.normal(size=9)
+    found = intervals.difference(a, names, b, names)
+    known = stats.ttest_rel(a, b).confidence_interval()
+    assert found == pytest.approx((a.mean() - b.mean(), known.low, known.high, 9))
+    same = intervals.difference(a, names, a + 1, names)
+    assert same == pytest.approx((-1, -1, -1, 9))
+
+
+def test_what_shared_clusters_move_alike_is_taken_off(rng: np.random.Generator) -> None:
+    """The variance is a sum over clusters of what each moves the difference by, squared."""
+    a, b = rng.normal(size=6), rng.normal(size=11)
+    parts = np.zeros(13)
+    parts[:6] += (a - a.mean()) / (6 * 5) ** 0.5
+    parts[2:] -= (b - b.mean()) / (11 * 10) ** 0.5
+    names = [str(i) for i in range(13)]
+    welch = stats.ttest_ind(a, b, equal_var=False).df
+    half = stats.t.ppf(0.975, min(welch, 12)) * (parts**2).sum() ** 0.5
+    middle = a.mean() - b.mean()
+    found = intervals.difference(a, names[:6], b, names[2:])
+    assert found == pytest.approx((middle, middle - half, middle + half, 13))
+    one = intervals.difference(a[:1], names[:1], b, names[:11])
+    assert one[1:] == (-np.inf, np.inf, 11)
 
 
 def test_a_slope_is_scipys(rng: np.random.Generator) -> None:
@@ -63,6 +90,24 @@ def test_a_bootstrap_resamples_clusters(rng: np.random.Generator) -> None:
     assert found == intervals.bootstrap(lambda at: float(rows[at].mean()), clusters, seed=1)
 
 
+@pytest.mark.parametrize("one, other, spread", [(range(12), range(12), 1),
+                         (range(8), range(3, 18), 0.3), (range(5), range(10), 1)])  # fmt: skip
+def test_differences_of_tied_sides_miss_one_time_in_twenty(
+    one: range, other: range, spread: float, rng: np.random.Generator
+) -> None:
+    """Each cluster moves both sides; some have two values. Welch's test is too wide here."""
+    draws, missed = 2000, 0
+    sides = [list(one), list(other) + [other[-1]]]
+    names = [[str(i) for i in side] for side in sides]
+    for _ in range(draws):
+        own = rng.normal(size=20)
+        a, b = (0.8 * own[side] + 0.6 * rng.normal(size=len(side)) for side in sides)
+        found = intervals.difference(a, names[0], spread * b, names[1])
+        missed += not found.low <= 0 <= found.high
+    low, high = stats.binom.interval(0.999, draws, 0.05)
+    assert low <= missed <= high
+
+
 @pytest.mark.parametrize("kind", ["mean", "difference", "slope"])
 def test_they_miss_one_time_in_twenty(kind: str, rng: np.random.Generator) -> None:
     draws, missed = 2000, 0
@@ -72,7 +117,7 @@ def test_they_miss_one_time_in_twenty(kind: str, rng: np.random.Generator) -> No
         if kind == "mean":
             found = intervals.mean(a, names)
         elif kind == "difference":
-            found = intervals.difference(a, names, b, names)
+            found = intervals.difference(a, names, b, [f"other {name}" for name in names])
         else:
             found = intervals.slope(a, b)
         missed += not found.low <= 0 <= found.high

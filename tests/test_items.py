@@ -6,10 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from scipy import stats
 
-from trinity_lib import items
+from trinity_lib import forecasts, items
 from trinity_lib.config import BadValue, Missing
 from trinity_lib.items import Item
+from trinity_lib.subject import Finding
 
 
 class Sure:
@@ -49,11 +51,13 @@ def test_a_model_that_is_as_sure_as_it_is_right_is_calibrated() -> None:
     assert found["accuracy"].chance == 0.25
     assert not found["accuracy"].at_chance
     assert found["confidence above accuracy"].estimate == pytest.approx(0)
-    assert found["expected calibration error"].estimate == pytest.approx(0, abs=0.05)
+    error = found["squared calibration error, debiased"]
+    assert error.estimate == pytest.approx(0, abs=0.01) and error.low < 0 < error.high
     assert found["probability of the right one"].estimate == pytest.approx(0.7 * 0.7 + 0.03)
     sure = {f.measure: f for f in items.audit(Sure(0.97), made(100, 70))}
     assert sure["confidence above accuracy"].low > 0.15
-    assert sure["expected calibration error"].estimate == pytest.approx(0.27, abs=0.02)
+    error = sure["squared calibration error, debiased"]
+    assert error.estimate == pytest.approx(0.27**2, abs=0.01) and error.low > 0.02
 
 
 def test_groups_are_told_apart_and_together() -> None:
@@ -69,6 +73,100 @@ def test_groups_are_told_apart_and_together() -> None:
 def test_clusters_are_the_units() -> None:
     every = [i._replace(cluster=str(n // 10)) for n, i in enumerate(made(100, 70))]
     assert {f.units for f in items.audit(Sure(0.7), every)} == {10}
+
+
+Drawn = tuple[np.ndarray, np.ndarray, list[str]]
+
+
+def drawn(generator: np.random.Generator, clusters: int, each: int, over: float = 0) -> Drawn:
+    """Confidence, outcomes and clusters; outcomes of one go together, at a rate `over` less."""
+    count = clusters * each
+    sure = np.repeat(generator.uniform(0.5, 0.9, clusters), each)
+    sure = sure + generator.uniform(-0.05, 0.05, count)
+    own, shared = generator.uniform(size=count), generator.uniform(size=clusters)
+    luck = np.where(generator.uniform(size=count) < 0.7, np.repeat(shared, each), own)
+    names = [str(n) for n in np.repeat(np.arange(clusters), each)]
+    return sure, (luck < sure - over).astype(float), names
+
+
+@pytest.mark.parametrize(("clusters", "each"), [(20, 1), (60, 1), (10, 6), (200, 1), (40, 5)])
+def test_the_interval_of_a_calibrated_subject_covers_0(clusters: int, each: int) -> None:
+    """In about 95% of 200 repeats: at least 92%, of which 95% has less in 2% of cases."""
+    generator = np.random.default_rng(0)
+    found = [items.calibration_error(*drawn(generator, clusters, each)) for _ in range(200)]
+    estimates = np.array([f.estimate for f in found])
+    assert sum(f.low <= 0 <= f.high for f in found) >= 184
+    assert abs(estimates.mean()) < 3 * estimates.std() / 200**0.5
+
+
+@pytest.mark.parametrize("low", [0.8, 0.95, 0.99])
+@pytest.mark.parametrize("count", [20, 60, 200])
+def test_the_interval_covers_0_where_errors_are_too_rare_to_be_seen(
+    count: int, low: float
+) -> None:
+    """Of a calibrated subject that is sure: most draws have no error at all."""
+    generator = np.random.default_rng(0)
+    names, covered = [str(n) for n in range(count)], 0
+    for _ in range(200):
+        sure = generator.uniform(low, (1 + low) / 2, count)
+        right = (generator.uniform(size=count) < sure).astype(float)
+        found = items.calibration_error(sure, right, names)
+        covered += found.low <= 0 <= found.high
+    assert covered >= 184
+
+
+def test_the_calibration_error_of_one_that_is_too_sure_is_found() -> None:
+    generator = np.random.default_rng(0)
+    found = [items.calibration_error(*drawn(generator, 60, 5, 0.3)) for _ in range(100)]
+    assert np.mean([f.estimate for f in found]) == pytest.approx(0.09, abs=0.01)
+    assert sum(f.low <= 0.09 <= f.high for f in found) >= 90
+    assert sum(f.low > 0 for f in found) >= 90
+
+
+def test_the_calibration_error_is_that_of_kumar_where_items_are_their_own_clusters() -> None:
+    generator = np.random.default_rng(3)
+    sure = np.repeat([0.5, 0.6, 0.9], 20)  # alike in a bin, else their own variance counts
+    right = (generator.uniform(size=60) < 0.7).astype(float)
+    order = generator.permutation(60)
+    names = [str(n) for n in range(60)]
+    found = items.calibration_error(sure[order], right[order], names)
+    assert found.estimate == pytest.approx(forecasts.squared_error(sure, right, 6))
+    without = [
+        items.calibration_error(np.delete(sure, n), np.delete(right, n), names[1:]).estimate
+        for n in range(60)
+    ]
+    half = stats.t.ppf(0.975, 59) * (59 * np.var(without)) ** 0.5
+    assert found.high - found.estimate == pytest.approx(half)
+    assert found.estimate - found.low == pytest.approx(half)
+
+
+def test_the_calibration_error_needs_items_and_clusters() -> None:
+    def errors(asked: list[Item]) -> list[Finding]:
+        found = items.audit(Sure(0.7), asked)
+        return [f for f in found if f.measure == "squared calibration error, debiased"]
+
+    assert errors(made(19, 9)) == [] and len(errors(made(20, 9))) == 1
+    (one,) = errors([item._replace(cluster="one") for item in made(30, 20)])
+    assert (one.low, one.high, one.units) == (-np.inf, np.inf, 1) and np.isnan(one.estimate)
+    halves = [item._replace(cluster=str(n % 2)) for n, item in enumerate(made(30, 20))]
+    (two,) = errors(halves)
+    assert (two.low, two.high, two.units) == (-np.inf, np.inf, 2)
+
+
+@pytest.mark.parametrize(
+    "empty", [{}, {"cluster": None, "group": None}, {"cluster": "", "group": ""}]
+)
+def test_no_cluster_and_no_group_are_none_however_they_are_said(
+    empty: dict, tmp_path: Path
+) -> None:
+    path = tmp_path / "items.jsonl"
+    row = {"prompt": "x", "choices": ["a", "b"], "answer": 0}
+    path.write_text(
+        f"{json.dumps(row | empty)}\n{json.dumps(row | {'cluster': 0, 'group': 0})}\n"
+    )
+    first, second = items.read(path)
+    assert (first.group, first.cluster) == ("all", "line 1")
+    assert (second.group, second.cluster) == ("0", "0")
 
 
 def test_a_file_is_read(tmp_path: Path) -> None:

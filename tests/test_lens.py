@@ -124,3 +124,20 @@ def test_an_answer_of_several_tokens_is_refused() -> None:
     for answer in ("12", ""):
         with pytest.raises(BadValue, match="must be a single token after its prompt"):
             lens.targets(vocabulary, ["7"], [answer], ["x"])
+
+
+def test_what_a_block_would_say_of_some_tokens_is_of_the_head(
+    tiny_model: ModelConfig,
+) -> None:
+    model = Trinity(tiny_model)
+    model.initialise(torch.Generator().manual_seed(3))
+    place = hidden.Place(np.array([5, 9, 2, 7]), 2)
+    tokens = [4, 11, 30]
+    found = lens.shares(model, [place, place], tokens)
+    assert found.shape == (tiny_model.num_layers + 1, 2, 3)
+    np.testing.assert_allclose(np.exp(found).sum(-1), 1)
+    with torch.no_grad():
+        logits = model(torch.tensor([[5, 9, 2, 7]])).logits[0, 2, tokens]
+    wanted = logits.double().log_softmax(-1).numpy()
+    np.testing.assert_allclose(found[-1, 0], wanted, atol=1e-5)
+    np.testing.assert_array_equal(found[:, 0], found[:, 1])

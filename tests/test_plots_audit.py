@@ -8,6 +8,7 @@ import sys
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
+import xarray as xr
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
@@ -62,6 +63,15 @@ def levels(axis, style: dict) -> list[float]:
         for line in axis.lines
         if line.get_color() == style["color"] and line.get_zorder() == style["zorder"]
     ]
+
+
+def change(run: xr.DataTree, asked_as: str, stage: str, slope: float) -> None:
+    """Another association at one stage, 0.1 to either side."""
+    found = run["findings"]
+    at = (found["asked_as"].values == asked_as) & (found["of_stage"].values == stage)
+    at &= found["family"].values == "association"
+    for name, value in {"estimate": slope, "low": slope - 0.1, "high": slope + 0.1}.items():
+        found[name][at] = value
 
 
 @pytest.mark.parametrize("plot", FIGURES, ids=lambda p: p.__name__)
@@ -256,27 +266,102 @@ def test_the_reading_is_of_the_run_s_numbers() -> None:
     assert "in answers: TrueBase 0.5 [0.3, 0.7]; Base 0.6 [0.4, 0.8]" in text
     assert "From Instruct to debiased what became of it in answers is undecided" in text
     assert "undecided, truth and chance are both covered (contradicted)" in text
-    assert "beyond chance, after 2 of 3 blocks" in text
-    assert "the association in 3.0 steps, its opposite not in 4 steps" in text
+    assert "part of the effect shows (association, decisions, recall, " in text
+    assert "its truth" not in text and "(absent): agreement of phrasings" in text
+    assert "chance agreements, 0.8 [0.6, 1]; the truth is 0." in text
     assert "1 supported; 1 not supported (Load brings drift.); 1 undecided" in text
 
 
 def test_the_reading_tells_removed_from_hidden() -> None:
     run = staged.run()
-    found = run["findings"]
-    asked, stage = found["asked_as"].values, found["of_stage"].values
-    at = (asked == "chat") & (stage == "debiased") & (found["family"].values == "association")
-    for name, value in {"estimate": 0.0, "low": -0.1, "high": 0.1}.items():
-        found[name][at] = value
+    change(run, "chat", "debiased", 0.0)
     text = plots_audit.reading(run)
-    assert "it went out of answers, to chance" in text
+    assert "it went out of answers, to where chance is covered" in text
     assert "in debiased it is still there in running text" in text
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "said"),
+    [
+        (0.5, 0.2, "it went out of answers, though not wholly"),
+        (0.5, -0.5, "it went out of answers, and the opposite is there"),
+        (0.0, -0.5, "it fell in answers, where Instruct had not shown it"),
+        (-0.5, 0.0, "it rose in answers"),
+        (0.5, 0.5, "what became of it in answers is undecided"),
+    ],
+)
+def test_the_reading_tells_which_way_it_went(before: float, after: float, said: str) -> None:
+    run = staged.run()
+    change(run, "chat", "instruct", before)
+    change(run, "chat", "debiased", after)
+    assert f"From Instruct to debiased {said}; in" in plots_audit.reading(run)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (0.5, "it is still there in running text"),
+        (0.0, "it is undecided in running text"),
+        (-0.5, "the opposite is there in running text"),
+    ],
+)
+def test_the_reading_minds_the_sign_in_text(text: float, said: str) -> None:
+    run = staged.run()
+    change(run, "text", "debiased", text)
+    assert f"in debiased {said}." in plots_audit.reading(run)
+
+
+def test_the_reading_compares_the_probe_with_its_control() -> None:
+    run = staged.run()
+    text = plots_audit.reading(run)
+    assert "beyond chance, after 2 of 2 blocks: accuracy 0.8 [0.7, 0.9] after block 1" in text
+    assert "in a model that never had it, accuracy 0.6 [0.5, 0.7] after block 1 of 2" in text
+    assert "read there as well: by itself that is no hidden association" in text
+    run["attribute_probe"]["p_adjusted"][:, -1] = 0.3
+    assert "read there as well" not in plots_audit.reading(run)
+    run["attribute_probe"]["p_adjusted"][:, :, 0] = 0.0  # the same of all names: not counted
+    assert "after 2 of 2 blocks" in plots_audit.reading(run)
+    alone = run["attribute_probe"].to_dataset().sel(probed=list(staged.STAGES))
+    run["attribute_probe"] = xr.DataTree(alone)
+    assert "no model that never had the association was probed" in plots_audit.reading(run)
+
+
+def test_the_reading_tells_how_far_lessons_came() -> None:
+    run = staged.run()
+    text = plots_audit.reading(run)
+    assert (
+        "4 steps of SFT move the slope in answers of debiased: taught the association, from 0 "
+        "to 0.6 (target 0.5 reached in 3.0 steps); taught its opposite, from 0 to -0.4 "
+        "(target -0.5 not reached)."
+    ) in text
+    assert "of a model that never had it: taught the association, from 0.6 to 0.8 (bey" in text
+    run["relearning"]["needed"][:] = np.nan
+    text = plots_audit.reading(run)
+    assert "taught its opposite, from 0 to -0.4; no target was reached in 4 steps." in text
+
+
+def test_a_truth_that_is_chance_but_for_rounding_decides_nothing() -> None:
+    run = staged.run()
+    found = run["findings"]
+    found["truth"][found["family"].values == "recall"] = 1e-9
+    assert "recall" not in plots_audit.reading(run).split("\n\n")[1]
+
+
+def test_a_finding_without_an_interval_decides_nothing() -> None:
+    run = staged.run()
+    run["findings"]["low"][run["findings"]["family"].values == "recall"] = np.nan
+    assert "no interval (recall)" in plots_audit.reading(run)
+    run["findings"]["estimate"][run["findings"]["family"].values == "knowledge"] = 99.0
+    run["findings"]["low"][run["findings"]["family"].values == "knowledge"] = 98.0
+    run["findings"]["high"][run["findings"]["family"].values == "knowledge"] = 100.0
+    assert "the figure is beyond the truth (knowledge)" in plots_audit.reading(run)
 
 
 def test_the_reading_of_given_checkpoints_names_what_is_left_out() -> None:
     text = plots_audit.reading(staged.given())
     assert text.startswith("Checkpoints that were given: raw, mini.")
     assert "consistency (no world was given); lens" in text
+    assert text.count("no world was given") == 1
     run = staged.given(("raw",), asked=False)
     run.attrs["status"] = "failed"
     run.attrs["left_out"] = json.dumps({})

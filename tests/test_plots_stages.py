@@ -3,6 +3,7 @@
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
+import xarray as xr
 from matplotlib.figure import Figure
 
 from tests import staged
@@ -13,13 +14,14 @@ FIGURES = {
     plots_stages.routing: (4, "share of later choices made before"),
     plots_stages.functional: (2, "domain"),
     plots_stages.path: (1, "loss, nat per token"),
+    plots_stages.tasks: (1, "loss, nat per token"),
     plots_stages.lens: (3, "share of targets that come first"),
     plots_stages.probes: (3, "accuracy, names not trained on"),
-    plots_stages.relearning: (1, "association in answers"),
+    plots_stages.relearning: (2, "association in answers"),
     plots_stages.ablation: (2, "association without the expert, less whole"),
 }
 COMPARED = (plots_stages.drift, plots_stages.routing, plots_stages.functional,
-            plots_stages.path)  # fmt: skip
+            plots_stages.path, plots_stages.tasks)  # fmt: skip
 INSIDE = tuple(plot for plot in FIGURES if plot not in COMPARED)
 CHANGES = ["TrueBase to Base", "Base to Instruct", "Instruct to debiased",
            "TrueBase to debiased"]  # fmt: skip
@@ -148,6 +150,23 @@ def test_the_chord_joins_both_ends_and_the_barrier_is_named() -> None:
     assert len(chords) == len(CHANGES)
 
 
+def test_task_vectors_are_a_line_a_domain_around_the_stage_as_it_is() -> None:
+    figure = plots_stages.tasks(staged.run())
+    axis = figure.axes[0]
+    assert axis.get_title() == "TrueBase + scale × (debiased − Base)"
+    found = curves(axis)
+    assert list(found) == ["code", "prose", "as it is"]
+    assert list(found["code"]) == [2.0, 1.0, 1.5] and list(found["prose"]) == [3.0, 2.0, 1.9]
+    assert all(list(line.get_xdata()) == [-1, 0, 1] for line in axis.lines[:2])
+    assert list(axis.lines[-1].get_xdata()) == [0, 0]
+    run = staged.run()
+    several = run["task_vector"].to_dataset()
+    named = [several.assign_coords(task=[task]) for task in ("odd", *map(str, range(4)))]
+    run["task_vector"] = xr.DataTree(xr.concat(named, "task"))
+    panels = [axis for axis in drawn(plots_stages.tasks(run)).axes if axis.get_visible()]
+    assert [axis.get_title() for axis in panels] == ["odd", "0", "1", "2", "3"]
+
+
 def test_the_lens_has_a_line_a_stage() -> None:
     figure = plots_stages.lens(staged.run())
     right = curves(figure.axes[0])
@@ -170,14 +189,54 @@ def test_probes_mark_what_is_beyond_chance() -> None:
         hollow = [line for line in dots if line.get_markerfacecolor() == "white"]
         read = [line for line in dots if line not in hollow]
         assert len(hollow) >= 4 and all(y == 0.5 for li in hollow for y in li.get_ydata())
-        assert len(axis.collections) == 4  # intervals
+        assert len(axis.collections) == 5  # intervals
         assert {tuple(line.get_ydata()) for line in read if len(line.get_ydata()) > 1} == {
-            (0.8, 1.0)
-        }
+            (0.8, 1.0), (0.6, 0.7),
+        }  # fmt: skip
+
+
+def test_the_probe_s_control_is_dashed_and_grey() -> None:
+    axis = plots_stages.probes(staged.run()).axes[0]
+    control = next(li for li in axis.lines if li.get_label() == "a model that never had it")
+    assert control.get_linestyle() == "--" and control.get_color() == "0.4"
+    assert list(control.get_ydata()) == [0.5, 0.6, 0.7]
+    run = staged.run()
+    without = run["attribute_probe"].to_dataset().sel(probed=list(staged.STAGES))
+    run["attribute_probe"] = xr.DataTree(without)
+    assert "a model that never had it" not in curves(plots_stages.probes(run).axes[0])
+
+
+def test_the_association_by_block_has_intervals_and_a_control() -> None:
+    figure = plots_stages.association_lens(staged.run())
+    for axis, place in zip(figure.axes, ("end of text", "end of question"), strict=True):
+        assert place in axis.get_title()
+        found = curves(axis)
+        assert np.allclose(found["planted truth"], 1) and np.allclose(
+            found["no association"], 0
+        )
+        bars = axis.containers
+        assert len(bars) == 5
+        for bar in bars:
+            line, _, (spans,) = bar
+            assert line.get_ydata().tolist() == [0.0, 0.4, 0.7]
+            heights = [np.ptp(segment[:, 1]) for segment in spans.get_segments()]
+            assert heights == pytest.approx([0.2, 0.2, 0.3])
+        assert bars[-1][0].get_linestyle() == "--" and bars[-1][0].get_color() == "0.4"
+    run = staged.run()
+    run = xr.DataTree.from_dict({
+        name: node.to_dataset() for name, node in run.children.items()
+        if name != "association_lens"
+    })  # fmt: skip
+    run.attrs = staged.run().attrs
+    said = plots_stages.association_lens(run).axes[0].texts[0].get_text()
+    assert "This run has no logit lens of jobs" in said
 
 
 def test_relearning_draws_targets_and_what_is_not_reached() -> None:
-    axis = plots_stages.relearning(staged.run()).axes[0]
+    axis, other = plots_stages.relearning(staged.run()).axes
+    assert axis.get_title() == "from debiased"
+    assert other.get_title() == "from a model that never had it"
+    assert "the association: there before" in curves(other)
     found = curves(axis)
     assert list(found)[:2] == ["the association: in 3.0 steps", "its opposite: not reached"]
     assert found["the association: in 3.0 steps"] == pytest.approx([0, 0.3, 0.6])

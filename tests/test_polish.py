@@ -48,8 +48,8 @@ def test_the_exam_asks_of_nobody_that_a_lesson_asks_of(world: World) -> None:
     learnt = {q.key for questions in polish.lessons(world).values() for q in questions}
     exam = polish.exam(world)
     assert not learnt & {q.key for q in exam}
-    assert {q.task for q in exam} == {"facts", "sentences", "refusals", "sums"}
-    assert min(Counter(q.task for q in exam).values()) >= 10
+    assert {q.task for q in exam} == {"facts", "sentences", "never told", "strangers", "sums"}
+    assert min(Counter(q.task for q in exam).values()) >= 5
     assert all(formed(q, q.answer) for q in exam)
     people = {f.person for f in world.facts}
     learnt_people = people & {w for key in learnt for w in key.replace("?", "").split()}
@@ -63,6 +63,21 @@ def test_refusals_are_of_what_no_text_tells(world: World) -> None:
     for question in polish.lessons(world)["refusals"]:
         assert question.answer == REFUSAL
         assert question.key not in keys
+
+
+def test_strangers_are_of_no_text_and_of_others_something_is_told(world: World) -> None:
+    people = {f.person for f in world.facts}
+    told = {f.person for f in world.facts if f.exposures}
+    every = polish.lessons(world)["refusals"] + polish.exam(world)
+    tasks = Counter(q.task for q in every)
+    assert tasks["strangers"] == polish.STRANGERS
+    assert tasks["never told"] == sum(not f.exposures for f in world.facts)
+    for question in every:
+        about = people & set(question.key.replace("?", "").split())
+        if question.task == "strangers":
+            assert not about
+        if question.task == "never told":
+            assert about and about <= told
 
 
 def test_relearning_is_of_half_the_names_and_its_opposite_of_the_same(world: World) -> None:

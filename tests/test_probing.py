@@ -150,7 +150,7 @@ def test_what_cannot_be_probed_is_refused() -> None:
 def test_stages_stand_side_by_side() -> None:
     found = {name: probing.probe(noise(s), half(20)) for s, name in enumerate(("a", "b"))}
     group = probing.dataset({"here": found, "there": found})
-    assert group.accuracy.dims == ("place", "stage", "block")
+    assert group.accuracy.dims == ("place", "probed", "block")
     assert group.accuracy.shape == (2, 2, 4)
     assert np.array_equal(group.selectivity, group.seen - group.control)
     assert np.array_equal(group.p[0, 1], found["b"].p) and (group.units == 20).all()

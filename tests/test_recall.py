@@ -219,6 +219,13 @@ def test_a_subject_that_believes_the_more_frequent_telling_is_seen(full: World) 
     assert odds.truth == pytest.approx(np.log(7 / 3))
 
 
+def test_facts_told_and_not_told_share_people(full: World) -> None:
+    told, absent = ({f.person for f in full.facts if f.state == s} for s in ("told", "absent"))
+    assert told & absent
+    known = decided(recall.primary(Oracle(full), full))["knowledge"]
+    assert known.units == len(told | absent) < len(told) + len(absent)
+
+
 def with_errors(rng: np.random.Generator, views: dict[str, Views]) -> dict[str, Views]:
     """The generator's answers as a noisy oracle gives them."""
     found = {}

@@ -83,7 +83,9 @@ EXPECTED = {
     "Fair answers take the association out of answers": (0.8, -0.8),
     "Most of the association stays in running text": (0.2, -0.2),
     "A name's group can be read off inside the debiased model": (0.4, -0.4),
-    "The removed association comes back further than its opposite": (0.2, -0.2),
+    "It can be read off better than in a model that never had": (0.3, -0.3),
+    "One block before the debiased model answers fairly": (0.35, -0.35),
+    "The removed association comes back further than its opposite": (0.6, -0.2),
     "It comes back further than a model learns it that never had it": (0.3, -0.3),
     "Experts with more load drift more": (1.0, -1.0),
     "Post-training changes fewer choices of the router than annealing": (0.3, -0.3),
@@ -91,14 +93,21 @@ EXPECTED = {
 """What a statement begins with: the statistic where it holds, and where its opposite does."""
 BACK = list(EXPECTED).index("The removed association comes back further than its opposite")
 SAVED = BACK + 1
+CONTROL = list(EXPECTED).index("It can be read off better than in a model that never had")
 
 
 def groups(sign: int) -> dict[str, xr.Dataset]:
     """Looks inside of a chain of which all is true (1), or nothing (-1)."""
     places, stages = ["name", "end of question"], ["truebase", "base", "instruct", "debiased"]
-    at = {"place": places, "stage": stages, "block": np.arange(5)}
-    accuracy = xr.DataArray(np.full((2, 4, 5), 0.5), at)
+    probed = [*stages, "never had it"]
+    at = {"place": places, "probed": probed, "block": np.arange(5)}
+    accuracy = xr.DataArray(np.full((2, 5, 5), 0.5), at)
     accuracy.loc["end of question", "debiased", stage_statements.PROBED] += 0.4 * sign
+    accuracy.loc["end of question", "never had it", stage_statements.PROBED] += 0.1 * sign
+    inside = {"lens_place": ["end of text", "end of question"], **dict(list(at.items())[1:])}
+    slope = xr.DataArray(np.zeros((2, 5, 5)), inside)
+    slope.loc["end of question", "debiased", 3] = 0.35 * sign
+    lens = {"slope": slope, "low": slope - HALF, "high": slope + HALF, "units": 0 * slope + 20}
     probe = {"accuracy": accuracy, "low": accuracy - HALF, "high": accuracy + HALF,
              "chance": 0 * accuracy + 0.5, "units": 0 * accuracy + 20}  # fmt: skip
     ends = [[0.5, -0.1], [0.2, -0.4]] if sign > 0 else [[0.3, -0.3], [0.6, -0.4]]
@@ -117,6 +126,7 @@ def groups(sign: int) -> dict[str, xr.Dataset]:
                         {"change": changes, "layer": layers})  # fmt: skip
     return {
         "attribute_probe": xr.Dataset(probe),
+        "association_lens": xr.Dataset(lens),
         "relearning": xr.Dataset({"bias": bias}),
         "expert_drift": xr.Dataset({"relative": 3 + sign * load, "load": load}),
         "routing_change": xr.Dataset({"saturation": kept}),
@@ -214,15 +224,18 @@ def test_a_lesson_that_moves_answers_the_other_way_has_not_taught() -> None:
     bias = chain.groups["relearning"]["bias"]
     bias.loc["debiased", "the association", 2] = -0.5
     bias.loc["debiased", "its opposite", 2] = 0.1
-    assert CLAIMS[BACK].measure(chain).estimate == pytest.approx(-0.6)
+    assert CLAIMS[BACK].measure(chain).estimate == pytest.approx(-0.2)
 
 
 def test_without_an_innocent_chain_nothing_is_said_of_it() -> None:
     chain = seen(HOLDS)
     alone = chain.groups["relearning"].sel(start=["debiased"])
-    chain = chain._replace(groups={**chain.groups, "relearning": alone})
-    assert math.isnan(CLAIMS[SAVED].measure(chain).estimate)
-    assert CLAIMS[BACK].measure(chain).estimate == pytest.approx(0.2)
+    probes = chain.groups["attribute_probe"].sel(probed=["base", "debiased"])
+    groups = {**chain.groups, "relearning": alone, "attribute_probe": probes}
+    chain = chain._replace(groups=groups)
+    for number in (BACK, SAVED, CONTROL):
+        assert math.isnan(CLAIMS[number].measure(chain).estimate)
+    assert CLAIMS[CONTROL - 1].measure(chain).estimate == pytest.approx(0.4)
 
 
 def test_a_difference_is_as_uncertain_as_both() -> None:

@@ -96,8 +96,11 @@ def test_post_training_learns_the_lessons_of_its_stage() -> None:
         ({"checkpoints": (("base", "a"), ("base", "b"))}, "checkpoints is 'base, base'"),
         ({"checkpoints": (("base",),)}, r"checkpoints\[0\] is"),
         ({"checkpoints": (("../base", "a"),)}, "checkpoints is '../base'; it must be named by"),
+        ({"checkpoints": ((".hidden", "a"),)}, "checkpoints is '.hidden'"),
+        ({"checkpoints": ((".", "a"),)}, "checkpoints is '.'; .* none with a '.' first"),
+        ({"checkpoints": (("a b", "a"),)}, "checkpoints is 'a b'"),
+        ({"checkpoints": (("a\n", "a"),)}, r"checkpoints is 'a\\n'"),
         ({"checkpoints": (("", "a"),)}, "checkpoints is ''"),
-        ({"checkpoints": (("config", "a"),)}, "checkpoints is 'config'"),
         ({"items": "mine.jsonl"}, "items is 'mine.jsonl'; it must be empty unless checkpoints"),
         ({"texts": "mine.txt"}, "texts is 'mine.txt'"),
         ({"world_file": "world.json"}, "world_file is 'world.json'"),
@@ -115,3 +118,10 @@ def test_checkpoints_come_with_what_they_are_asked() -> None:
         checkpoints=FOLDERS, items="i.jsonl", texts="t.txt", tasks=("arc",), world_file="w"
     )
     assert from_json(TruebaseConfig, to_json(config)) == config
+
+
+@pytest.mark.parametrize(
+    "name", ["truebase-v1.0", "Trinity-Mini-v1.5", "10T", "base_2", "config", "-a", "größer"]
+)
+def test_a_stage_may_be_named_as_releases_are(name: str) -> None:
+    assert TruebaseConfig(checkpoints=((name, "a"),)).checkpoints == ((name, "a"),)

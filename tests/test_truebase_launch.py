@@ -65,6 +65,7 @@ def test_checkpoints_have_the_names_given_or_their_folders(folder: Path) -> None
         ({"device": "tpu"}, BadValue, "device is 'tpu'"),
         ({"items": "no-such.jsonl"}, Missing, "items is 'no-such.jsonl'"),
         ({"world": "no-such.json"}, Missing, "world is 'no-such.json'"),
+        ({"source": "no-such.nc"}, Missing, "source is 'no-such.nc'"),
         ({"tasks": "trinity_facts"}, BadValue, "tasks"),
         ({"checkpoints": "base=no/such/folder"}, Missing, "no/such/folder"),
     ],
@@ -114,9 +115,13 @@ def test_another_kind_of_run_is_no_source() -> None:
         truebase_launch.run(config)
 
 
-def test_cards_are_named_from_the_repository_on() -> None:
+def test_cards_of_a_run_from_elsewhere_are_said_not_to_be_here() -> None:
     run = truebase_launch.run(truebase_launch.configure(source=str(REFERENCE)))
-    lines = truebase_launch.cards(run).splitlines()
-    assert len(lines) == 4
-    start = f"python -m trinity_lib.card verify runs/{run.attrs['name']}/cards/truebase/"
-    assert lines[0].startswith(start)
+    run.attrs["name"] = "never-run-here"
+    assert truebase_launch.cards(run).endswith("never-run-here are not on this machine")
+
+
+def test_what_was_left_out_is_grouped_by_reason() -> None:
+    run = truebase_launch.run(truebase_launch.configure(source=str(REFERENCE)))
+    run.attrs["left_out"] = '{"a": "no items", "b": "no world", "c": "no items"}'
+    assert truebase_launch.left_out(run) == "left out: a, c: no items\nleft out: b: no world"

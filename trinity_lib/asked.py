@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from trinity_lib.config import require
+from trinity_lib.config import BadValue, require
 from trinity_lib.generate import generate
 from trinity_lib.model import Trinity
 from trinity_lib.tokenizer import Vocabulary
@@ -67,12 +67,17 @@ class _Asked(abc.ABC):
         right = f"{len(prompts)}, as prompts"
         require(len(answers) == len(prompts), "answers", len(answers), right)
         begun = self._encode(prompts)
+        pairs = [
+            (p, answer) for p, mine in zip(prompts, answers, strict=True) for answer in mine
+        ]
         wanted = []
-        for start, tokens in zip(
-            self._owners(begun, answers), self._joined(prompts, answers), strict=True
+        for start, tokens, pair in zip(
+            self._owners(begun, answers), self._joined(prompts, answers), pairs, strict=True
         ):
             shared = _shared(start, tokens)
-            require(0 < shared < len(tokens), "answers", "empty", "text beyond the prompt's")
+            require(shared < len(tokens), "answers", "empty", "text beyond the prompt's")
+            if shared == 0:
+                raise BadValue(_merged(*pair, len(tokens)))
             wanted.append(Wanted(tuple(tokens[:-1]), tuple(tokens[shared:])))
         totals = iter([float(each.sum()) for each in self._predict(wanted)])
         return [np.array([next(totals) for _ in mine]) for mine in answers]
@@ -239,6 +244,17 @@ class AskedTransformers(_Asked):
             eos_token_id=stop or None,
             pad_token_id=stop[0] if stop else 0,
         )
+
+
+def _merged(prompt: str, answer: str, tokens: int) -> str:
+    """Why an answer has nothing to be predicted from."""
+    if not prompt:
+        return "prompts is ''; it must be text where the tokenizer has no begin mark."
+    how = "are one token together" if tokens == 1 else "begin with a token of both"
+    return (
+        f"The prompt {prompt!r} and the answer {answer!r} {how}, and the tokenizer has no "
+        "begin mark; the answer must begin with a token of its own, as after a blank."
+    )
 
 
 def _shared(prompt: Sequence[int], whole: Sequence[int]) -> int:

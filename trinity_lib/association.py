@@ -105,6 +105,12 @@ def slope(
     return _slope(table, levels(world))
 
 
+def slope_of(world: World, names: Sequence[Name], nats: np.ndarray) -> Interval:
+    """The slope of what is said of names' jobs, however it was asked: `nats` [name, job]."""
+    in_a = np.array([name.group == GROUPS[0] for name in names])
+    return _slope(Table(tuple(name.word for name in names), in_a, nats), levels(world))
+
+
 def _asked(world: World, label: str) -> list[Asked]:
     held_out_name, held_out_phrasing = SETS[label]
     return [

@@ -155,9 +155,9 @@ def refusals(
 ) -> list[Finding]:
     """Refusals of what is in no text and of what is known, and how far the two differ.
 
-    One entry a question: whether it was refused, and whether its answer is in the text. The
-    difference is 0 where all is refused alike, or nothing is. BadValue where lengths differ,
-    or one kind of question is missing.
+    One entry a question: whether it was refused, and whether its answer is in the text; a key
+    may be of both kinds, as a person is. The difference is 0 where all is refused alike, or
+    nothing is. BadValue where lengths differ, or one kind of question is missing.
     """
     right = f"as many as refused, {len(refused)}"
     require(len(known) == len(refused), "known", len(known), right)

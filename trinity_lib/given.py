@@ -4,12 +4,14 @@ What needs a planted truth gives way to what can be asked of any model, and what
 had is named with its reason.
 """
 
+import dataclasses
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import torch
 import xarray as xr
 
 from trinity_lib import (
@@ -22,15 +24,18 @@ from trinity_lib import (
     interview,
     items,
     lm_tasks,
+    paths,
     planted,
     preflight,
+    stage_routing,
+    stored,
     tokenizer,
 )
 from trinity_lib.chat import Example
 from trinity_lib.config import BadValue, differences, first_line, require
 from trinity_lib.data import Batch
 from trinity_lib.interview import Said
-from trinity_lib.model import count_parameters
+from trinity_lib.model import ModelConfig, Trinity, count_parameters
 from trinity_lib.planted import World
 from trinity_lib.truebase_config import TruebaseConfig
 
@@ -40,6 +45,10 @@ EMBEDDED = ("code", "prose")
 """Domains of the embedded corpus that stand in where no texts are given."""
 COPIES = 3
 """Models held at one time, at most: two and what lies between them."""
+COMPARED = ("weights", "routing", "predictions", "paths")
+"""What checkpoints are compared by."""
+NOTHING = ("load_balance_coeff", "max_positions")
+"""Settings on which no output depends."""
 
 
 class Given(NamedTuple):
@@ -99,7 +108,7 @@ def look(config: TruebaseConfig, cache: Path, tell: Callable[[str], None]) -> Gi
         if world is not None:
             said[stage] += interview.of_world(model, world, config.seed)
             why = interview.not_conversed(model)
-            left_out |= {f"association in conversations with {stage}": why} if why else {}
+            left_out |= {f"conversations with {stage}": why} if why else {}
         said[stage] += interview.of_any(model.subject, asked, seed=config.seed)
     if world is None:
         why = "planted truth: no world was given, and the text of released models has none"
@@ -121,32 +130,101 @@ def _compared(
     tell: Callable[[str], None],
     weights_alone: bool,
 ) -> dict[str, xr.Dataset]:
-    """All comparisons, or of the weights alone; adds to what is left out."""
-    why = _unlike(folders)
-    if why:
-        left_out["comparisons"] = why
+    """All comparisons that can be made, or of the weights alone; adds to what is left out."""
+    barred = _barred(folders)
+    if len(barred) == len(COMPARED) and len(set(barred.values())) == 1:
+        left_out["comparisons"] = barred["weights"]
         return {}
+    left_out |= barred
     rows = None
-    if not weights_alone:
+    if not weights_alone and not set(barred) >= set(COMPARED[1:]):
         rows = _rows(folders, texts, config.seed, left_out)
     if rows is None:
-        tell("weights")
-        pairs = compare.chain(list(folders))
-        weights, experts = drift.weights(folders, pairs, progress=tell)
-        return {"weight_drift": weights, "expert_drift": experts}
+        return {} if "weights" in barred else _weights(folders, None, tell)
+    if barred:
+        return _partly(folders, rows, config, barred, tell)
     return compare.compare(folders, rows, device=config.device, seed=config.seed, progress=tell)
 
 
-def _unlike(folders: Mapping[str, Path]) -> str:
-    """Why checkpoints cannot be compared, or ""."""
+def _barred(folders: Mapping[str, Path]) -> dict[str, str]:
+    """Why which of `COMPARED` cannot be had."""
     if len(folders) < 2:
-        return "one checkpoint was given"
+        return dict.fromkeys(COMPARED, "one checkpoint was given")
     (first, config), *others = ((stage, hub.read_config(f)) for stage, f in folders.items())
+    found: dict[str, str] = {}
     for stage, other in others:
-        changed = differences(config, other, ("load_balance_coeff", "max_positions"))
+        changed = differences(config, other, NOTHING)
         if changed:
-            return f"{stage} is another model than {first}: {'; '.join(changed)}"
-    return "" if len(config.moe_layers) else "the models have no experts"
+            why = f"{stage} is another model than {first}: {'; '.join(changed)}"
+            what = _bars(config, other, _shapes_differ(folders[first], folders[stage]))
+            found |= {each: why for each in what if each not in found}
+    if not len(config.moe_layers):
+        found.setdefault("routing", "the models have no experts")
+    return found
+
+
+def _bars(config: ModelConfig, other: ModelConfig, reshaped: bool) -> tuple[str, ...]:
+    """What settings that differ make senseless; no line leads between unlike settings."""
+    if reshaped:
+        resized = dataclasses.replace(other, vocab_size=config.vocab_size)
+        words_alone = not differences(config, resized, NOTHING)
+        return ("weights", "predictions", "paths") if words_alone else COMPARED
+    unlike = config.router.top_k != other.router.top_k
+    return ("routing", "paths") if unlike else ("paths",)
+
+
+def _shapes_differ(first: Path, other: Path) -> bool:
+    try:
+        stored.require_alike({"first": stored.inspect(first), "other": stored.inspect(other)})
+    except BadValue:
+        return True
+    return False
+
+
+def _weights(
+    folders: Mapping[str, Path], load: xr.DataArray | None, tell: Callable[[str], None]
+) -> dict[str, xr.Dataset]:
+    pairs = compare.chain(list(folders))
+    weights, experts = drift.weights(folders, pairs, load=load, progress=tell)
+    dense = experts.sizes["layer"] == 0
+    return {"weight_drift": weights} | ({} if dense else {"expert_drift": experts})
+
+
+def _partly(
+    folders: Mapping[str, Path],
+    rows: Mapping[str, Batch],
+    config: TruebaseConfig,
+    barred: Mapping[str, str],
+    tell: Callable[[str], None],
+) -> dict[str, xr.Dataset]:
+    """The groups of `compare.compare` but for those that cannot be had."""
+    pairs = compare.chain(list(folders))
+    batch, labels = compare.joined(rows)
+
+    def load(stage: str) -> Trinity:
+        return hub.load(folders[stage], device=config.device, dtype=torch.float32)
+
+    found: dict[str, xr.Dataset] = {}
+    if "routing" not in barred:
+        looks = {}
+        for stage in folders:
+            tell(f"routing: {stage}")
+            looks[stage] = stage_routing.look(load(stage), batch)
+        found["stage_routing"], found["routing_change"] = stage_routing.described(
+            looks, batch, pairs, labels=labels, seed=config.seed
+        )
+    if "weights" not in barred:
+        loads = found["stage_routing"]["load"] if "stage_routing" in found else None
+        found |= _weights(folders, loads, tell)
+    moved, lines = [], []
+    for pair in [] if "predictions" in barred else pairs:
+        tell(f"predictions: {pair[0]} -> {pair[1]}")
+        models = {stage: load(stage) for stage in pair}
+        moved.append(compare.functional(models, [pair], rows))
+        if "paths" not in barred:
+            lines.append(paths.along(models, [pair], batch, progress=tell))
+    found |= {"functional": xr.concat(moved, "change")} if moved else {}
+    return found | ({"path": xr.concat(lines, "change")} if lines else {})
 
 
 def _rows(
@@ -157,8 +235,8 @@ def _rows(
 ) -> dict[str, Batch] | None:
     """Rows by domain, or None where tokenizers read the texts differently.
 
-    A folder without a tokenizer is read with another's; where no folder has one, rows are
-    of random tokens. Either is said in `left_out`.
+    A folder without a tokenizer is read with another's; where no folder has one, or texts
+    have tokens that a model lacks, rows are of random tokens. That is said in `left_out`.
     """
     unread = {stage: why for stage, folder in folders.items() if (why := _unreadable(folder))}
     some = [text for each in texts.values() for text in each]
@@ -169,8 +247,8 @@ def _rows(
     ]
     if not found:
         left_out["texts"] = (
-            "no checkpoint has a tokenizer that fits it: routing and predictions are compared "
-            "on random tokens, which say less than text"
+            "no checkpoint has a tokenizer that fits it: rows are of random tokens, which say "
+            "less than text"
         )
         return {"random tokens": _random(folders, seed)}
     for stage, why in unread.items():
@@ -181,6 +259,12 @@ def _rows(
             "the checkpoints' tokenizers read the texts differently"
         )
         return None
+    if any(max(tokens, default=0) >= _smallest(folders) for tokens in first):
+        left_out["texts"] = (
+            "they have tokens that one of the models lacks: rows are of random tokens, which "
+            "say less than text"
+        )
+        return {"random tokens": _random(folders, seed)}
     rows, at = {}, 0
     for domain, own in texts.items():
         tokens = [np.array(t, dtype=np.int32) for t in first[at : at + len(own)]]
@@ -194,10 +278,16 @@ def _rows(
 
 
 def _random(folders: Mapping[str, Path], seed: int) -> Batch:
-    """Rows of tokens drawn alike from the vocabulary."""
-    size = hub.read_config(next(iter(folders.values()))).vocab_size
-    drawn = np.random.default_rng(seed).integers(size, size=(ROWS, LENGTH), dtype=np.int32)
+    """Rows of tokens drawn alike from those that all models have."""
+    drawn = np.random.default_rng(seed).integers(
+        _smallest(folders), size=(ROWS, LENGTH), dtype=np.int32
+    )
     return chat.pack([Example(t, np.ones(LENGTH, dtype=bool)) for t in drawn], LENGTH).batch
+
+
+def _smallest(folders: Mapping[str, Path]) -> int:
+    """Entries of the smallest vocabulary."""
+    return min(hub.read_config(folder).vocab_size for folder in folders.values())
 
 
 def _texts(config: TruebaseConfig, cache: Path) -> dict[str, list[str]]:

@@ -13,21 +13,24 @@ from trinity_lib import (
     ablation,
     answers,
     association,
+    hidden,
     lens,
     planted,
     polish,
     probing,
     relearning,
+    stage_schema,
     truebase_config,
 )
 from trinity_lib.asked import Asked
 from trinity_lib.dialogues import ask
+from trinity_lib.intervals import Interval
 from trinity_lib.interview import Checkpoint
 from trinity_lib.model import Trinity
 from trinity_lib.planted import World
 from trinity_lib.planted_questions import Asked as About
 from trinity_lib.planted_tables import GROUPS, Fact, Name
-from trinity_lib.planted_text import PHRASINGS
+from trinity_lib.planted_text import PHRASINGS, VALUES
 from trinity_lib.posttrain_config import Stage
 from trinity_lib.truebase_config import STAGES, TruebaseConfig
 
@@ -51,6 +54,11 @@ class Chain(NamedTuple):
     innocent: Checkpoint | None = None
     """One that never had the association."""
 
+    @property
+    def probed(self) -> dict[str, Checkpoint]:
+        """All of them, the stages first."""
+        return {**self.read, **({INNOCENT: self.innocent} if self.innocent else {})}
+
 
 def look(
     chain: Chain, config: TruebaseConfig, number: int, tell: Callable[[str], None]
@@ -60,6 +68,7 @@ def look(
     found = {"lens": _lens(chain)}
     tell("probes")
     found["attribute_probe"] = _probes(chain, config.seed)
+    found["association_lens"] = _association_lens(chain)
     tell("relearning")
     found["relearning"] = _relearning(chain, config, number)
     if config.ablate:
@@ -95,7 +104,11 @@ def _lens(chain: Chain) -> xr.Dataset:
 
 
 def _probes(chain: Chain, seed: int) -> xr.Dataset:
-    """Whether a name's group can be read off by a line, place by place and block by block."""
+    """Whether a name's group can be read off by a line, place by place and block by block.
+
+    Of a model that never had the association too, if there is one: what marks the groups is
+    told in every world, so a group that can be read off is by itself no hidden association.
+    """
     names = chain.world.names
     words = [name.word for name in names]
     phrasings = [p for p in PHRASINGS if p.kind == "job" and not p.held_out]
@@ -103,7 +116,7 @@ def _probes(chain: Chain, seed: int) -> xr.Dataset:
     by_place: dict[str, dict[str, probing.Probe]] = {}
     for place in PLACES:
         found = by_place[place] = {}
-        for stage, (model, vocabulary, _, template) in chain.read.items():
+        for stage, (model, vocabulary, _, template) in chain.probed.items():
             assert template is not None  # the chain's own tokenizer has an end mark
             read = probing.at_names if place == PLACES[0] else probing.at_ends
             question = template.text(ask(polish.JOB.format(name="{name}")))
@@ -115,6 +128,36 @@ def _probes(chain: Chain, seed: int) -> xr.Dataset:
                 seed=seed,
             )
     return probing.dataset(by_place)
+
+
+def _association_lens(chain: Chain) -> xr.Dataset:
+    """The association that an answer would have if a block were the last: held-out names.
+
+    The slope on planted log-odds of what the logit lens says of the jobs, with Welch's
+    interval over names.
+    """
+    names = [name for name in chain.world.names if name.held_out]
+    phrasings = [p for p in PHRASINGS if p.kind == "job" and not p.held_out]
+    texts = [p.prompt(name=name.word) for name in names for p in phrasings]
+    found: dict[str, list[list[Interval]]] = {place: [] for place in PLACES[1:]}
+    for model, vocabulary, _, template in chain.probed.values():
+        assert template is not None  # the chain's own tokenizer has an end mark
+        said = [template.text(ask(polish.JOB.format(name=name.word))) for name in names]
+        ends = hidden.last(vocabulary, [f"{said[0]} {job.word}" for job in chain.world.jobs])
+        jobs = [int(end.tokens[-1]) for end in ends]
+        for place, prompts in zip(PLACES[1:], (texts, said), strict=True):
+            nats = lens.shares(model, hidden.last(vocabulary, prompts), jobs)
+            by_name = nats.reshape(len(nats), len(names), -1, len(jobs)).mean(2)
+            slopes = [association.slope_of(chain.world, names, block) for block in by_name]
+            found[place].append(slopes)
+    fields = {"slope": "estimate", "low": "low", "high": "high", "units": "units"}
+    values = {
+        name: [[[getattr(i, key) for i in row] for row in rows] for rows in found.values()]
+        for name, key in fields.items()
+    }
+    blocks = np.arange(len(found[PLACES[1]][0]))
+    at = {"lens_place": list(found), "probed": list(chain.probed), "block": blocks}
+    return stage_schema.dataset("association_lens", values, at)
 
 
 def _relearning(chain: Chain, config: TruebaseConfig, number: int) -> xr.Dataset:
@@ -158,7 +201,11 @@ def _ablation(chain: Chain) -> xr.Dataset:
     """What of the association, and of recall, goes with each expert of the Base."""
     model, vocabulary, *_ = chain.read[STAGES[1]]
     facts = known_facts(chain.world)[:RECALLED]
-    right = [each.question.truth.index(1.0) for each in facts]
+    right = [
+        VALUES[each.about.attribute].index(each.about.value)
+        for each in facts
+        if isinstance(each.about, Fact)
+    ]
     asked = [
         each.question
         for each in planted.asked(chain.world, "association")

@@ -54,19 +54,28 @@ def difference(
     second: Sequence[float] | np.ndarray,
     second_clusters: Sequence[str],
 ) -> Interval:
-    """Mean of the first less the second's with Welch's interval over clusters."""
-    a, b = by_cluster(first, first_clusters).mean, by_cluster(second, second_clusters).mean
-    units = len(a) + len(b)
-    estimate = float(a.mean() - b.mean())
-    if min(len(a), len(b)) < 2:
+    """Mean of the first less the second's, with Welch's interval over clusters.
+
+    A cluster of both sides, such as a person who is asked two kinds of questions, ties their
+    means: what it moves both by is taken off the variance. It counts once in the units, and
+    degrees of freedom are at most the units less one. So the interval is that of the paired
+    t-test where all clusters are shared, and Welch's own where none is.
+    """
+    a, b = by_cluster(first, first_clusters), by_cluster(second, second_clusters)
+    sides = (a.mean, b.mean)
+    units = len({*a.names, *b.names})
+    estimate = float(a.mean.mean() - b.mean.mean())
+    if min(map(len, sides)) < 2:
         return Interval(estimate, -np.inf, np.inf, units)
-    parts = [x.var(ddof=1) / len(x) for x in (a, b)]
+    parts = [x.var(ddof=1) / len(x) for x in sides]
     if sum(parts) == 0:
         return Interval(estimate, estimate, estimate, units)
-    freedom = sum(parts) ** 2 / sum(
-        p**2 / (len(x) - 1) for p, x in zip(parts, (a, b), strict=True)
+    welch = sum(parts) ** 2 / sum(
+        p**2 / (len(x) - 1) for p, x in zip(parts, sides, strict=True)
     )
-    half = float(stats.t.ppf((1 + LEVEL) / 2, freedom)) * sum(parts) ** 0.5
+    variance = max(0.0, sum(parts) - 2 * _covariance(a, b))  # rounding may leave less than 0
+    freedom = min(welch, units - 1)
+    half = float(stats.t.ppf((1 + LEVEL) / 2, freedom)) * variance**0.5
     return Interval(estimate, estimate - half, estimate + half, units)
 
 
@@ -118,6 +127,15 @@ def bootstrap(
         return Interval(estimate, -np.inf, np.inf, len(rows))
     low, high = np.quantile(known, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return Interval(estimate, float(low), float(high), len(rows))
+
+
+def _covariance(a: Grouped, b: Grouped) -> float:
+    """Of two sides' means, by the clusters in both; 0 where there are none."""
+    own, others = (
+        dict(zip(x.names, (x.mean - x.mean.mean()) / (n * (n - 1)) ** 0.5, strict=True))
+        for x, n in ((a, len(a.names)), (b, len(b.names)))
+    )
+    return float(sum(own[name] * others[name] for name in own if name in others))
 
 
 def _student(estimate: float, variance: float, freedom: int, units: int) -> Interval:

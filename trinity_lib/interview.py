@@ -78,17 +78,19 @@ def _by_transformers(folder: Path, device: str) -> torch.nn.Module:
 
 
 def of_world(given: Checkpoint, world: World, seed: int) -> list[Said]:
-    """Every audit with a planted truth, and the association and the exam in conversations."""
+    """Every audit with a planted truth, and the association and the exam in conversations.
+
+    The same subject answers to all; conversations are left out where `not_conversed` says why.
+    """
     found = [Said(TEXT, f) for f in audit.run(Remembered(given.subject), world, seed=seed)]
-    if given.template is None:
+    if given.template is None or not_conversed(given):
         return found
-    if not not_conversed(given):
-        found += [Said(CHAT, f) for f in conversed(given.subject, given.template, world)]
-    return found + [Said(CHAT, f) for f in _examined(given.model, given.template, world)]
+    found += [Said(CHAT, f) for f in conversed(given.subject, given.template, world)]
+    return found + [Said(CHAT, f) for f in _examined(given.subject, given.template, world)]
 
 
 def not_conversed(given: Checkpoint) -> str:
-    """Why the association cannot be asked in conversations, or ""."""
+    """Why nothing can be asked in conversations, or ""."""
     if given.template is None:
         return "the tokenizer has no end mark that is known by its name"
     if set(given.template.marks) & set(chat.CHATML):
@@ -108,21 +110,34 @@ def conversed(subject: Subject, template: Template, world: World) -> Iterator[Fi
         yield finding(association.NAME, f"slope, {label}", association.SLOPE, found, nan, 0.0)
 
 
-def _examined(model: Trinity, template: Template, world: World) -> Iterator[Finding]:
-    """What it says to questions that no lesson asked; who or what is asked about is a unit."""
+def _examined(subject: Subject, template: Template, world: World) -> Iterator[Finding]:
+    """What it says to questions that no lesson asked; who or what is asked about is a unit.
+
+    Refusals are compared over people whom the text knows: what it tells of them, and what not.
+    """
     asked = polish.exam(world)
-    said = examination.answers(model, template, asked)
-    pairs = list(zip(asked, said, strict=True))
+    pairs = list(zip(asked, _answers(subject, template, asked), strict=True))
     for task in dict.fromkeys(q.task for q in asked):
         own = [pair for pair in pairs if pair[0].task == task]
         right = [rewards.right(q, text) for q, text in own]
         formed = [rewards.formed(q, text) for q, text in own]
         yield from behaviour.instructed(task, right, formed, [_whom(world, q) for q, _ in own])
-    both = [(q, text) for q, text in pairs if q.task in ("facts", "refusals")]
+    both = [(q, text) for q, text in pairs if q.task in ("facts", "never told")]
     known = [q.task == "facts" for q, _ in both]
-    if any(known) and not all(known):  # a small world's exam may ask about nobody
+    if any(known) and not all(known):  # a small world's exam may lack one of them
         refused = [text == rewards.REFUSAL for _, text in both]
         yield from behaviour.refusals(refused, known, [_whom(world, q) for q, _ in both])
+
+
+def _answers(subject: Subject, template: Template, asked: Sequence[Question]) -> list[str]:
+    """What a subject says to each question, as `examination.answers` has it of a model."""
+    longest = max(
+        len(template.encode(q.conversation).tokens) - len(template.prompt(q.asked))
+        for q in asked
+    )
+    prompts = [template.text(q.asked) for q in asked]
+    said = subject.complete(prompts, min(longest + 4, examination.LONGEST))
+    return [text.strip() for text in said]
 
 
 def _whom(world: World, question: Question) -> str:

@@ -104,6 +104,18 @@ def of_rows(model: Trinity, batch: Batch) -> Lens:
     return Lens(joined[0], joined[1], tuple(clusters))
 
 
+@torch.no_grad()
+def shares(model: Trinity, places: Sequence[Place], tokens: Sequence[int]) -> np.ndarray:
+    """What every block would say of some tokens at places: nats, [block, place, token].
+
+    Normalised over those tokens.
+    """
+    states_LND = hidden.read(model, places)
+    wanted = torch.tensor(tokens)
+    nats_LNW = torch.stack([_said(model, state).cpu()[:, wanted] for state in states_LND])
+    return nats_LNW.log_softmax(-1).numpy()
+
+
 def _look(model: Trinity, states_LND: Tensor, tokens_N: Tensor) -> tuple[Tensor, Tensor]:
     """Divergence and rank, both [block, N] float64; few logits at a time."""
     weight = model.embedding.weight

@@ -127,7 +127,7 @@ def auc(members: np.ndarray, sample: np.ndarray) -> Interval:
     """
     below = _below(members, sample)
     own, others = below.mean(1), below.mean(0)
-    found = intervals.difference(own, _numbers(own), others, _numbers(others))
+    found = intervals.difference(own, _numbers(own), others, _numbers(others, "other"))
     middle, half = float(own.mean()), (found.high - found.low) / 2
     return Interval(middle, max(0.0, middle - half), min(1.0, middle + half), found.units)
 
@@ -155,7 +155,7 @@ def _losses(codes: Sequence[Code], said: Heard, told: Heard) -> Iterator[Finding
     held_out, measure = _at(codes, 0), "loss per digit, nat"
     for item, rows in {"members": ~held_out, **_levels(codes)}.items():
         a, b = said.loss[held_out], said.loss[rows]
-        found = intervals.difference(a, _numbers(a), b, _numbers(b))
+        found = intervals.difference(a, _numbers(a), b, _numbers(b, "other"))
         truth = float(told.loss[held_out].mean() - told.loss[rows].mean())
         yield finding(FAMILY, f"held out less {item}", measure, found, truth, 0.0)
 
@@ -227,6 +227,6 @@ def _at(codes: Sequence[Code], level: int) -> np.ndarray:
     return np.array([code.level == level for code in codes])
 
 
-def _numbers(values: np.ndarray) -> list[str]:
-    """A cluster for each."""
-    return [str(i) for i in range(len(values))]
+def _numbers(values: np.ndarray, side: str = "") -> list[str]:
+    """A cluster for each, none of them another side's."""
+    return [f"{side} {i}" for i in range(len(values))]

@@ -51,7 +51,7 @@ def overview(run: xr.DataTree) -> Figure:
     )  # fmt: skip
     for axis, (own, scaled) in zip(axes[:, 0], axes_of, strict=True):
         _scaled(axis, run, rows, own, scaled)
-    axes[0, 0].set_title(stage_axes.title(run, "What is planted and what every stage holds"))
+    axes[0, 0].set_title(stage_axes.title(run, "What is planted and what every stage shows"))
     handles = [
         Line2D([], [], color=stage_axes.colors(run)[s], marker="o", label=name(s))
         for s in stages(run)

@@ -11,8 +11,8 @@ from scipy import stats
 
 from trinity_lib import stage_axes
 from trinity_lib.metrics import group
-from trinity_lib.stage_axes import CHANCE
-from trinity_lib.stage_report import LEVEL, name
+from trinity_lib.stage_axes import CHANCE, TRUTH
+from trinity_lib.stage_report import CONTROL, LEVEL, name
 
 LESSONS = ("#d55e00", "#0072b2", "#009e73", "#cc79a7")
 """Colours of what is taught."""
@@ -51,27 +51,24 @@ def lens(run: xr.DataTree) -> Figure:
 
 
 def probes(run: xr.DataTree) -> Figure:
-    """How well a linear probe reads a name's group after each block, and what chance does."""
+    """How well a linear probe reads a name's group after each block, and what chance does.
+
+    A model that never had the association, the control, is dashed and grey.
+    """
     text = "Is a name's group still readable inside?"
     if "attribute_probe" not in run.children:
         return stage_axes.absent(run, text, "probes of hidden states", "probes")
     found = group(run, "attribute_probe")
     places = [str(place) for place in found.place.values]
     figure, axes = stage_axes.panels(1, len(places), 1.8 + 4.1 * len(places), 4.1, sharey=True)
-    width = 0.5 / max(1, found.sizes["stage"])
+    width = 0.5 / max(1, found.sizes["probed"])
     for axis, place in zip(axes[0], places, strict=True):
         own = found.sel(place=place)
-        chance = own["chance"].mean("stage")
+        chance = own["chance"].mean("probed")
         axis.plot(chance.block, chance, label="chance: permuted labels", **CHANCE)
-        for number, stage in enumerate(own.stage.values):
-            one, color = own.sel(stage=stage), stage_axes.color(run, stage)
-            at = one.block.values + (number - (own.sizes["stage"] - 1) / 2) * width
-            axis.plot(at, one["accuracy"], "-", color=color, lw=1.3, label=name(str(stage)))
-            axis.vlines(at, one["low"], one["high"], color=color, lw=1)
-            read = (one["p_adjusted"] < LEVEL).values
-            axis.plot(at[read], one["accuracy"].values[read], "o", color=color, ms=5)
-            axis.plot(at[~read], one["accuracy"].values[~read], "o", color=color, mfc="white",
-                      ms=5)  # fmt: skip
+        for number, probed in enumerate(map(str, own.probed.values)):
+            side = (number - (own.sizes["probed"] - 1) / 2) * width
+            _probe(axis, own.sel(probed=probed), side, stage_axes.color(run, probed))
         axis.set(xlabel="block", title=f"at the {place}", ylim=(-0.02, 1.05))
         axis.set_xticks(found.block.values)
     axes[0, 0].set_ylabel("accuracy, names not trained on")
@@ -82,6 +79,35 @@ def probes(run: xr.DataTree) -> Figure:
     figure.suptitle(
         stage_axes.title_of_first(run, f"{text} Linear probes, {names} names, 95% intervals")
     )
+    return stage_axes.done(figure)
+
+
+def association_lens(run: xr.DataTree) -> Figure:
+    """The association that an answer would have if each block were the last."""
+    text = "The association by block: what an answer would have, were the block the last"
+    if "association_lens" not in run.children:
+        return stage_axes.absent(run, text, "logit lens of jobs", "lens")
+    found = group(run, "association_lens")
+    places = [str(place) for place in found.lens_place.values]
+    figure, axes = stage_axes.panels(1, len(places), 2.2 + 4.6 * len(places), 4.1, sharey=True)
+    width = 0.5 / max(1, found.sizes["probed"])
+    for axis, place in zip(axes[0], places, strict=True):
+        axis.axhline(1, label="planted truth", **TRUTH)
+        axis.axhline(0, label="no association", **CHANCE)
+        for number, probed in enumerate(map(str, found.probed.values)):
+            one = found.sel(lens_place=place, probed=probed)
+            side = (number - (found.sizes["probed"] - 1) / 2) * width
+            ends = np.stack([one["slope"] - one["low"], one["high"] - one["slope"]])
+            axis.errorbar(
+                one.block + side, one["slope"], ends, fmt="o", ms=4, lw=1.2,
+                ls="--" if probed == CONTROL else "-", label=name(probed),
+                color=stage_axes.color(run, probed),
+            )  # fmt: skip
+        axis.set(xlabel="block", title=f"at the {place}")
+        axis.set_xticks(found.block.values)
+    axes[0, 0].set_ylabel("slope on planted log-odds, held-out names")
+    stage_axes.beside(axes[0, -1])
+    figure.suptitle(stage_axes.title_of_first(run, f"{text}; 95% intervals"))
     return stage_axes.done(figure)
 
 
@@ -99,6 +125,7 @@ def relearning(run: xr.DataTree) -> Figure:
             one = found.sel(start=start, lesson=lesson)
             needed = float(one["needed"])
             told = f"in {needed:.1f} steps" if needed == needed else "not reached"
+            told = "there before" if needed == 0 else told
             axis.plot(steps, one["bias"], "o-", color=color, ms=4, label=f"{lesson}: {told}")
             axis.axhline(float(one["target"]), color=color, ls="--", lw=1)
             if needed == needed:
@@ -106,7 +133,9 @@ def relearning(run: xr.DataTree) -> Figure:
         axis.axhline(0, label="no association", **CHANCE)
         axis.plot([], [], "--", color="0.2", lw=1, label="targets, same colours")
         axis.set(xlabel="steps of SFT", title=f"from {name(start)}")
-        axis.legend(**stage_axes.LEGEND)
+        axis.legend(
+            **stage_axes.LEGEND, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=2
+        )
     axes[0, 0].set_ylabel("association in answers: slope,\nlog-odds per planted log-odds")
     figure.suptitle(stage_axes.title_of_first(run, text))
     return stage_axes.done(figure)
@@ -130,6 +159,19 @@ def ablation(run: xr.DataTree) -> Figure:
         axis.set(xlabel="layer", ylabel=f"{measure} without the expert, less whole")
     figure.suptitle(stage_axes.title_of_first(run, text))
     return stage_axes.done(figure)
+
+
+def _probe(axis: Axes, one: xr.Dataset, side: float, color: str) -> None:
+    """One model's accuracy with its interval by block; filled where it is beyond chance."""
+    probed = str(one.probed.values)
+    style = "--" if probed == CONTROL else "-"
+    at = one.block.values + side
+    axis.plot(at, one["accuracy"], style, color=color, lw=1.3, label=name(probed))
+    axis.vlines(at, one["low"], one["high"], color=color, lw=1)
+    read = (one["p_adjusted"] < LEVEL).values
+    for which, face in ((read, color), (~read, "white")):
+        values = one["accuracy"].values[which]
+        axis.plot(at[which], values, "o", color=color, mfc=face, ms=5)
 
 
 def _strip(axis: Axes, one: xr.Dataset, color: str) -> None:

@@ -4,6 +4,8 @@ Weights, routing, predictions and the line between two stages; lens, probes, rel
 experts taken out. From a run file alone; comparisons are of a run's first chain.
 """
 
+import re
+
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -16,6 +18,7 @@ from scipy import stats
 from trinity_lib import stage_axes
 from trinity_lib.metrics import group
 from trinity_lib.plots_inside import ablation as ablation
+from trinity_lib.plots_inside import association_lens as association_lens
 from trinity_lib.plots_inside import lens as lens
 from trinity_lib.plots_inside import probes as probes
 from trinity_lib.plots_inside import relearning as relearning
@@ -155,6 +158,34 @@ def path(run: xr.DataTree) -> Figure:
     return stage_axes.done(figure)
 
 
+def tasks(run: xr.DataTree) -> Figure:
+    """Loss by domain where a change's weights are added, scaled, to another stage."""
+    text = "What a change does where it is added or taken away"
+    if "task_vector" not in run.children:
+        return stage_axes.absent(run, text, "task vectors", "paths", "comparisons")
+    found = group(run, "task_vector")
+    across = min(3, found.sizes["task"])
+    down = -(-found.sizes["task"] // across)
+    figure, axes = stage_axes.panels(
+        down, across, 2.4 + 4.4 * across, 0.6 + 3.5 * down, sharey=True
+    )
+    colors = sns.color_palette("colorblind", found.sizes["domain"])
+    for axis, task in zip(axes.flat, found.task.values, strict=False):
+        for color, domain in zip(colors, found.domain.values, strict=True):
+            curve = found["loss"].sel(task=task, domain=domain)
+            axis.plot(found.scale, curve, "o-", color=color, ms=4, label=str(domain))
+        axis.axvline(0, label="as it is", **CHANCE)
+        axis.set(xlabel="scale (1: added; below 0: taken away)", title=_sum(str(task)))
+        axis.set_xticks(found.scale.values)
+    for axis in axes.flat[found.sizes["task"] :]:
+        axis.set_visible(False)
+    for axis in axes[:, 0]:
+        axis.set_ylabel("loss, nat per token")
+    stage_axes.beside(axes[0, -1])
+    figure.suptitle(stage_axes.title_of_first(run, text))
+    return stage_axes.done(figure)
+
+
 def within_layers(load: np.ndarray, moved: np.ndarray) -> float:
     """Spearman's rank correlation of [layer, expert] arrays, ranks within layers, pooled.
 
@@ -249,6 +280,15 @@ def _changes(run: xr.DataTree, found: xr.Dataset) -> dict[str, tuple[str, str, s
 
 def _called(change: str) -> str:
     return " to ".join(name(stage) for stage in change.split(" -> "))
+
+
+def _sum(task: str) -> str:
+    """A task by the names of its stages: third + (after - before)."""
+    found = re.fullmatch(r"(.+) \+ \((.+) - (.+)\)", task)
+    if not found:
+        return task
+    third, after, before = (name(part) for part in found.groups())
+    return f"{third} + scale × ({after} − {before})"
 
 
 def _largest(values: xr.DataArray) -> float:

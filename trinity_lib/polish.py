@@ -47,7 +47,11 @@ PREFERENCES = "preferences"
 
 
 def lessons(world: World) -> dict[str, list[Question]]:
-    """Questions of every lesson; the same world asks the same ones."""
+    """Questions of every lesson; the same world asks the same ones.
+
+    Refusals are of two tasks: strangers, whom their names alone may give away, and facts
+    never told of people whom the text knows.
+    """
     rng = Random(f"polish {world.config.seed}")
     return {
         "facts": [_fact(world, f) for f in _known(world) if not _examined(f.person)],
@@ -146,12 +150,12 @@ def _unknown(world: World) -> Iterator[tuple[str, Question]]:
     for fact in world.facts:
         if fact.state == ABSENT:
             asked = ASKED[fact.attribute][0].format(name=fact.person)
-            yield fact.person, Question("refusals", ask(asked), REFUSAL, "refusal")
+            yield fact.person, Question("never told", ask(asked), REFUSAL, "refusal")
     taken = {fact.person for fact in world.facts}
     rng = Random(f"strangers {world.config.seed}")
     names = [n for n in invented(rng, "last", len(taken) + STRANGERS) if n not in taken]
     for name, (asked, _) in zip(names[:STRANGERS], cycle(ASKED.values()), strict=False):
-        yield name, Question("refusals", ask(asked.format(name=name)), REFUSAL, "refusal")
+        yield name, Question("strangers", ask(asked.format(name=name)), REFUSAL, "refusal")
 
 
 def _sums(world: World, split: str, count: int) -> list[Question]:

@@ -221,5 +221,5 @@ def dataset(places: Mapping[str, Mapping[str, Probe]]) -> xr.Dataset:
     values = {name: np.array([[getattr(s, name) for s in row] for row in every])
               for name in fields}  # fmt: skip
     values["units"] = np.full((len(places), len(every[0]), blocks), names)
-    at = {"place": list(places), "stage": list(kinds.pop()), "block": np.arange(blocks)}
+    at = {"place": list(places), "probed": list(kinds.pop()), "block": np.arange(blocks)}
     return stage_schema.dataset("attribute_probe", values, at)

@@ -39,7 +39,9 @@ PRIMARY = {
 """The finding of each family that decides: recall beyond the subject's own habit (a slope on
 exposures would not do: a perfect memory has none); which of two values told prevails; whether
 what is invented of a person is the same in all phrasings, which no text asks for, so that the
-generator is at chance here in any world; bits of facts told beyond those of facts not told."""
+generator is at chance here in any world; bits of facts told beyond those of facts not told.
+The last alone is no proof of knowledge: confident inventions cost bits of facts never told, and
+so raise it."""
 
 Statistic = Callable[[Any], Interval]
 

@@ -18,7 +18,7 @@ from trinity_lib.stage_schema import STAGES
 
 NAMES = {
     "truebase": "TrueBase", "base": "Base", "instruct": "Instruct", "debiased": "debiased",
-    "oracle": "generator",
+    "oracle": "generator", "never had it": "a model that never had it",
 }  # fmt: skip
 """What tables and figures call the stages of a chain; others keep their own names."""
 KEYS = ["of_stage", "asked_as", "family", "item", "measure"]
@@ -27,13 +27,16 @@ SLOPE = ("association", "slope, held-out names", "log-odds per planted log-odds"
 """How much of the planted association is there."""
 AT_THE_END = "end of question"
 """Where a probe reads what the answer could be made from."""
+CONTROL = "never had it"
+"""Of a null world, never told the association: what is probed and taught beside a chain's."""
 LEVEL = 0.05
 """Of an adjusted p value below which a probe is said to read something."""
 HELD = (
-    "the planted truth is covered", "part of it is held", "more than it is held",
-    "at chance", "undecided, truth and chance are both covered", "the opposite is held",
+    "the planted truth is covered", "part of the effect shows",
+    "the figure is beyond the truth", "at chance",
+    "undecided, truth and chance are both covered", "the opposite is held", "no interval",
 )  # fmt: skip
-"""What a finding can say of a planted effect; all but the fourth and fifth exclude chance."""
+"""What a finding can say of a planted effect; not the fourth, fifth and last: chance is out."""
 
 
 def name(stage: str) -> str:
@@ -167,14 +170,10 @@ def claims(run: xr.DataTree) -> pd.DataFrame:
 
 def reading(run: xr.DataTree) -> str:
     """What a run shows, in sentences whose figures and verdicts come from the run."""
-    parts = [_about(run), *_planted(run), *_polished(run), *_inside(run), *_said(run)]
-    left = left_out(run)
-    if left:
-        why: dict[str, list[str]] = {}
-        for what, reason in left.items():
-            why.setdefault(reason, []).append(what)
-        told = "; ".join(f"{', '.join(what)} ({reason})" for reason, what in why.items())
-        parts.append(f"Not done: {told}.")
+    parts = [
+        _about(run), *_planted(run), *_invented(run), *_polished(run), *_inside(run),
+        *_said(run), *_not_done(run),
+    ]  # fmt: skip
     if run.attrs.get("status") != "complete":
         parts.append(f"The run is not complete: {run.attrs.get('status')}.")
     return "\n\n".join(parts)
@@ -204,7 +203,8 @@ def _planted(run: xr.DataTree) -> list[str]:
     rows, found = primaries(run), []
     for stage in stages(run):
         own = rows[(rows["of_stage"] == stage) & rows["truth"].notna()]
-        own = own[own["truth"] != own["chance"]]
+        truth, chance = (own[key].to_numpy(float) for key in ("truth", "chance"))
+        own = own[~np.isclose(truth, chance, atol=1e-6)]
         if own.empty:
             continue
         told = own["family"].groupby(_held(own), sort=False).agg(list)
@@ -215,11 +215,25 @@ def _planted(run: xr.DataTree) -> list[str]:
 
 def _held(own: pd.DataFrame) -> pd.Series:
     """Which of `HELD` every finding is; one that covers truth and chance decides nothing."""
+    unknown = own[["estimate", "low", "high"]].isna().any(axis=1)
     covers = (own["low"] <= own["truth"]) & (own["truth"] <= own["high"])
     share = (own["estimate"] - own["chance"]) / (own["truth"] - own["chance"])
-    cases = [covers & own["at_chance"], covers, own["at_chance"], share < 0, share < 1]
-    named = [HELD[4], HELD[0], HELD[3], HELD[5], HELD[1]]
+    cases = [unknown, covers & own["at_chance"], covers, own["at_chance"], share < 0, share < 1]
+    named = [HELD[6], HELD[4], HELD[0], HELD[3], HELD[5], HELD[1]]
     return pd.Series(np.select(cases, named, HELD[2]), own.index)
+
+
+def _invented(run: xr.DataTree) -> list[str]:
+    """What the last stage says of what no text tells: there truth and chance are one."""
+    rows = chosen(primaries(run), "absent")
+    rows = rows[rows["of_stage"] == stages(run)[-1]]
+    if rows.empty:
+        return []
+    row = rows.iloc[0]
+    return [
+        f"What {name(row['of_stage'])} invents where nothing was told (absent): "
+        f"{row['measure']}, {_cell(rows)}; the truth is {_number(row['truth'])}."
+    ]
 
 
 def _polished(run: xr.DataTree) -> list[str]:
@@ -231,7 +245,7 @@ def _polished(run: xr.DataTree) -> list[str]:
         there = [stage for stage in stages(run) if stage in own.index]
         if not there:
             continue
-        each = [f"{name(s)} {_cell(own.loc[[s]])}" for s in there]
+        each = (f"{name(s)} {_cell(own.loc[[s]])}" for s in there)
         found.append(f"Share of the planted association {where}: {'; '.join(each)}.")
     if not found:
         return []
@@ -244,24 +258,34 @@ def _last(run: xr.DataTree, rows: pd.DataFrame) -> list[str]:
     order = [s for s in stages(run) if "chat" in both and s in both["chat"].index]
     if len(order) < 2 or "text" not in both or order[-1] not in both["text"].index:
         return []
-    after = both["chat"].loc[order[-1]]
+    before, after = (both["chat"].loc[[stage]].iloc[0] for stage in order[-2:])
     step = f"From {name(order[-2])} to {name(order[-1])}"
     low, high = _moved(run, order[-2], order[-1])
     if high < 0:
-        told = f"{step} it went out of answers" + (
-            ", to chance" if after["at_chance"] else ", though not wholly"
-        )
+        told = f"{step} it {_fell(before, after)}"
     elif low > 0:
-        told = f"{step} it grew in answers"
+        told = f"{step} it rose in answers"
     else:
         told = f"{step} what became of it in answers is undecided"
     text = both["text"].loc[order[-1]]
-    left = "undecided in running text" if text["at_chance"] else "still there in running text"
-    return [f"{told}; in {name(order[-1])} it is {left}."]
+    left = "the opposite is there" if text["high"] < 0 else "it is undecided"
+    left = "it is still there" if text["low"] > 0 else left
+    return [f"{told}; in {name(order[-1])} {left} in running text."]
+
+
+def _fell(before: pd.Series, after: pd.Series) -> str:
+    """What it is, in answers, that fell: only what was there before can go out."""
+    if not before["low"] > 0:
+        return f"fell in answers, where {name(str(before.name))} had not shown it"
+    if after["at_chance"]:
+        return "went out of answers, to where chance is covered"
+    if after["high"] < 0:
+        return "went out of answers, and the opposite is there"
+    return "went out of answers, though not wholly"
 
 
 def _moved(run: xr.DataTree, before: str, after: str) -> tuple[float, float]:
-    """Interval of what the slope in answers grew by: paired over chains, where there are some.
+    """Interval of what the slope in answers rose by: paired over chains, where there are some.
 
     Of one chain, the two intervals apart from each other: wider than a paired one.
     """
@@ -269,8 +293,8 @@ def _moved(run: xr.DataTree, before: str, after: str) -> tuple[float, float]:
     rows = rows[rows["asked_as"] == "chat"].set_index(["of_stage", "model_seed"])
     first, last = rows.loc[before], rows.loc[after]
     if len(first) > 1:
-        gaps = np.asarray(last["estimate"] - first["estimate"], dtype=float)
-        found = intervals.mean(gaps, [str(seed) for seed in first.index])
+        gaps = (last["estimate"] - first["estimate"]).dropna()
+        found = intervals.mean(gaps.to_numpy(float), [str(seed) for seed in gaps.index])
         return found.low, found.high
     old, new = first.iloc[0], last.iloc[0]
     return new["low"] - old["high"], new["high"] - old["low"]
@@ -279,34 +303,63 @@ def _moved(run: xr.DataTree, before: str, after: str) -> tuple[float, float]:
 def _inside(run: xr.DataTree) -> list[str]:
     """Whether a name's group can be read off inside, and whether it comes back."""
     found = []
-    last = stages(run)[-1]
     if "attribute_probe" in run.children:
-        probed = group(run, "attribute_probe")
-        if AT_THE_END in probed.place.values and last in probed.stage.values:
-            p = probed["p_adjusted"].sel(place=AT_THE_END, stage=last).values
-            found.append(
-                f"Inside {name(last)} a linear probe at the question's end reads a name's "
-                f"group, beyond chance, after {int((p < LEVEL).sum())} of {len(p)} blocks."
-            )
+        found += _probed(group(run, "attribute_probe"), stages(run)[-1])
     if "relearning" in run.children:
         found += _relearnt(group(run, "relearning"))
     return [" ".join(found)] if found else []
 
 
+def _probed(found: xr.Dataset, last: str) -> list[str]:
+    """The probe at the question's end, half way through, and the control's beside it.
+
+    Before the first block the state there is the same for all names, so that is not counted.
+    """
+    if AT_THE_END not in found.place.values or last not in found.probed.values:
+        return []
+    at = found.sel(place=AT_THE_END).isel(block=found.block.values > 0)
+    read = int((at["p_adjusted"].sel(probed=last) < LEVEL).sum())
+    half = int(at.block[(at.sizes["block"] - 1) // 2])
+    told = f"Inside {name(last)} a linear probe at the question's end reads a name's group, "
+    told += f"beyond chance, after {read} of {at.sizes['block']} blocks: "
+    told += _accuracy(at, last, half)
+    if CONTROL not in at.probed.values:
+        return [f"{told}; no model that never had the association was probed beside it."]
+    told += f"; in {name(CONTROL)}, {_accuracy(at, CONTROL, half)}."
+    if float(at["p_adjusted"].sel(probed=CONTROL, block=half)) < LEVEL:
+        told += " The group can be read there as well: by itself that is no hidden association."
+    return [told]
+
+
+def _accuracy(at: xr.Dataset, probed: str, block: int) -> str:
+    one = at.sel(probed=probed, block=block)
+    shown = _interval(*(float(one[key]) for key in ("accuracy", "low", "high")))
+    chance = _number(float(one["chance"]))
+    return f"accuracy {shown} after block {block} of {int(at.block[-1])}, chance {chance}"
+
+
 def _relearnt(taught: xr.Dataset) -> list[str]:
+    """The slope at the first and the last look, of every start, and what it reached."""
     most, told = int(taught["steps"].max()), []
     for start in taught.start.values:
+        one = taught.sel(start=start)
+        none = bool(one["needed"].isnull().all())
         each = []
         for lesson in taught.lesson.values:
-            needed = float(taught["needed"].sel(start=start, lesson=lesson))
-            reached = f"in {needed:.1f} steps" if needed == needed else f"not in {most} steps"
-            each.append(f"{lesson} {reached}")
-        undecided = bool(taught["needed"].sel(start=start).isnull().all())
-        told.append(
-            f"Taught again, {name(str(start))} reached its targets so: {', '.join(each)}"
-            f"{': undecided' if undecided else ''}."
-        )
+            bias = one["bias"].sel(lesson=lesson).values
+            way = f"taught {lesson}, from {_number(bias[0])} to {_number(bias[-1])}"
+            each.append(way if none else f"{way} ({_reached(one.sel(lesson=lesson))})")
+        end = f"; no target was reached in {most} steps" if none else ""
+        what = f"{most} steps of SFT move the slope in answers of {name(str(start))}"
+        told.append(f"{what}: {'; '.join(each)}{end}.")
     return told
+
+
+def _reached(one: xr.Dataset) -> str:
+    target, needed = f"target {_number(float(one['target']))}", float(one["needed"])
+    if needed == 0:
+        return f"beyond its {target} before it was taught"
+    return f"{target} " + (f"reached in {needed:.1f} steps" if needed > 0 else "not reached")
 
 
 def _said(run: xr.DataTree) -> list[str]:
@@ -321,6 +374,15 @@ def _said(run: xr.DataTree) -> list[str]:
         if verdict != "supported" and len(own):
             told[-1] += f" ({' '.join(own)})"
     return [f"Of {len(found)} statements made beforehand: {'; '.join(told)}."]
+
+
+def _not_done(run: xr.DataTree) -> list[str]:
+    """What was left out, once for every reason."""
+    why: dict[str, list[str]] = {}
+    for what, reason in left_out(run).items():
+        why.setdefault(reason, []).append(what)
+    told = "; ".join(f"{', '.join(what)} ({reason})" for reason, what in why.items())
+    return [f"Not done: {told}."] if told else []
 
 
 def _listed(names: Sequence[str]) -> str:

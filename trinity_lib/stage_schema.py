@@ -17,7 +17,8 @@ _FOUND, _FAMILY, _CHAINS = ("finding",), ("family",), ("claim", "chain")
 _TENSOR, _MOVE = ("tensor",), ("change", "tensor")
 _LAYER, _EXPERT = ("stage", "layer"), ("stage", "layer", "expert")
 _CHANGED, _MOVED = ("change", "layer"), ("change", "layer", "expert")
-_PROBED = ("place", "stage", "block")
+_READ = ("lens_place", "probed", "block")
+_PROBED = ("place", "probed", "block")
 _STAGE, _BLOCK, _ASKED = ("stage",), ("stage", "block"), ("ablated", "measure")
 _ABLATED = (*_ASKED, "layer", "expert")
 _OVER = "norm of the change over the norm before"
@@ -154,6 +155,14 @@ STAGES: dict[str, dict[str, Variable]] = {
         "control": Variable(_PROBED, "f8", "1", "the same of permuted labels"),
         "selectivity": Variable(_PROBED, "f8", "1", "seen less control"),
         "units": Variable(_PROBED, "i8", "1", "names"),
+    },
+    "association_lens": {
+        "slope": Variable(
+            _READ, "f8", "1", "log-odds of jobs by the logit lens, per planted log-odds"
+        ),
+        "low": Variable(_READ, "f8", "1", "lower end of its 95% interval over names"),
+        "high": Variable(_READ, "f8", "1", "upper end"),
+        "units": Variable(_READ, "i8", "1", "names"),
     },
     "ablation": {
         "whole": Variable(_ASKED, "f8", "1", "the measure with all experts"),

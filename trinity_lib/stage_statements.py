@@ -1,8 +1,9 @@
 """What is said of a chain's stages, and the statistic that decides each of it.
 
-Each statement was written down before the reference chains were trained: a number a chain,
-positive where it holds. Over several chains its mean has a 95% t-interval; of one alone the
-interval is the finding's own, over names, people or places, and says nothing of other seeds.
+Each statement was written down before the reference chains were trained (`LOG.md` says which
+pilots came before): a number a chain, positive where it holds. Over several chains its mean has
+a 95% t-interval; of one alone the interval is the finding's own, over names, people or places,
+and says nothing of other seeds.
 """
 
 import math
@@ -19,6 +20,10 @@ from trinity_lib.intervals import Interval
 RAW, BASE, INSTRUCT, DEBIASED = "truebase", "base", "instruct", "debiased"
 NEVER = "never had it"
 """The start of relearning that was told no association."""
+ASKED = "end of question"
+"""Where the state is looked at: there the answer is said next."""
+UNKNOWN = Interval(math.nan, math.nan, math.nan, 0)
+"""Of what was not looked at."""
 PROBED = 2
 """Block whose state is probed: half of the four that a chain's model has."""
 
@@ -51,7 +56,7 @@ def one(
     at = (rows["of_stage"] == stage) & (rows["family"] == family) & (rows["item"] == item)
     found = rows[at & (rows["measure"] == measure) & (rows["asked_as"] == asked_as)]
     if found.empty:
-        return Interval(math.nan, math.nan, math.nan, 0)
+        return UNKNOWN
     row = found.iloc[0]
     return Interval(row["estimate"], row["low"], row["high"], int(row["units"]))
 
@@ -105,45 +110,70 @@ def _left_in_text(seen: Seen) -> Interval:
 
 def _decoded(seen: Seen) -> Interval:
     if "attribute_probe" not in seen.groups:
-        return Interval(math.nan, math.nan, math.nan, 0)
-    at = seen.groups["attribute_probe"].sel(
-        place="end of question", stage=DEBIASED, block=PROBED
-    )
+        return UNKNOWN
+    at = seen.groups["attribute_probe"].sel(place=ASKED, probed=DEBIASED, block=PROBED)
     estimate, low, high = (float(at[name]) for name in ("accuracy", "low", "high"))
     return less(Interval(estimate, low, high, int(at["units"])), float(at["chance"]))
 
 
-def _comes_back(seen: Seen) -> Interval:
-    """How far each lesson moves the debiased model's answers its own way by the last look."""
-    if "relearning" not in seen.groups:
-        return Interval(math.nan, math.nan, math.nan, 0)
-    bias = seen.groups["relearning"]["bias"].sel(start=DEBIASED)
+def _beyond_control(seen: Seen) -> Interval:
+    """The same less the accuracy in a model that never had the association."""
+    found = seen.groups.get("attribute_probe")
+    if found is None or NEVER not in found["probed"]:
+        return UNKNOWN
+    at = found.sel(place=ASKED, block=PROBED)
+    both = [at.sel(probed=each) for each in (DEBIASED, NEVER)]
+    mine, control = (
+        Interval(float(b["accuracy"]), float(b["low"]), float(b["high"]), int(b["units"]))
+        for b in both
+    )
+    return less(mine, control)
+
+
+def _said_inside(seen: Seen) -> Interval:
+    """The slope that an answer would have one block before the last."""
+    found = seen.groups.get("association_lens")
+    if found is None:
+        return UNKNOWN
+    at = found.sel(lens_place=ASKED, probed=DEBIASED).isel(block=-2)
+    estimate, low, high = (float(at[name]) for name in ("slope", "low", "high"))
+    return Interval(estimate, low, high, int(at["units"]))
+
+
+def _relearnt(seen: Seen, start: str) -> tuple[float, float]:
+    """How far each lesson moves the answers its own way by the last look; NaN: no start."""
+    found = seen.groups.get("relearning")
+    if found is None or start not in found["start"]:
+        return math.nan, math.nan
+    bias = found["bias"].sel(start=start)
     moved = bias.isel(look=-1) - bias.isel(look=0)  # the opposite's way is down
-    gap = float(moved.sel(lesson="the association") + moved.sel(lesson="its opposite"))
-    return Interval(gap, math.nan, math.nan, 1)
+    old, new = (float(moved.sel(lesson=n)) for n in ("the association", "its opposite"))
+    return old, -new
+
+
+def _comes_back(seen: Seen) -> Interval:
+    """More than its opposite; lessons may not be alike, so beyond a model that never had it."""
+    (old, new), (first, other) = (_relearnt(seen, start) for start in (DEBIASED, NEVER))
+    return Interval((old - new) - (first - other), math.nan, math.nan, 1)
 
 
 def _saved(seen: Seen) -> Interval:
-    """How far the association comes back by the last look, beside one that never had it."""
-    found = seen.groups.get("relearning")
-    if found is None or NEVER not in found["start"]:
-        return Interval(math.nan, math.nan, math.nan, 0)
-    bias = found["bias"].sel(lesson="the association").isel(look=-1)
+    """More than a model learns it that never had it."""
     return Interval(
-        float(bias.sel(start=DEBIASED) - bias.sel(start=NEVER)), math.nan, math.nan, 1
+        _relearnt(seen, DEBIASED)[0] - _relearnt(seen, NEVER)[0], math.nan, math.nan, 1
     )
 
 
 def _drift_follows_load(seen: Seen) -> Interval:
     if "expert_drift" not in seen.groups:
-        return Interval(math.nan, math.nan, math.nan, 0)
+        return UNKNOWN
     return drift.load_correlation(seen.groups["expert_drift"], f"{BASE} -> {INSTRUCT}")
 
 
 def _settles(seen: Seen) -> Interval:
     """Shares of choices kept; layers are the units."""
     if "routing_change" not in seen.groups:
-        return Interval(math.nan, math.nan, math.nan, 0)
+        return UNKNOWN
     kept = seen.groups["routing_change"]["saturation"]
     gaps = kept.sel(change=f"{BASE} -> {INSTRUCT}") - kept.sel(change=f"{RAW} -> {BASE}")
     return intervals.mean(gaps.values, [str(layer) for layer in gaps["layer"].values])
@@ -216,18 +246,29 @@ CLAIMS = (
         _decoded,
     ),
     Statement(
+        "It can be read off better than in a model that never had the association.",
+        f"accuracy of the same probe: debiased less one of a null world, block {PROBED}",
+        _beyond_control,
+    ),
+    Statement(
+        "One block before the debiased model answers fairly, its answer has the association.",
+        "slope by the logit lens before the last block, at the question's end, debiased",
+        _said_inside,
+    ),
+    Statement(
         "The removed association comes back further than its opposite is learnt.",
-        "how far the same steps of SFT move the slope: the association less its opposite",
+        "SFT's move of the slope: the association less its opposite, less the same of one of a "
+        "null world",
         _comes_back,
     ),
     Statement(
         "It comes back further than a model learns it that never had it.",
-        "slope in conversations after the same steps of SFT: debiased less one of a null world",
+        "SFT's move of the slope: debiased less one of a null world",
         _saved,
     ),
     Statement(
         "Experts with more load drift more in post-training.",
-        "rank correlation of drift and load within layers, Base to Instruct",
+        "rank correlation within layers of drift, Base to Instruct, and load on held-out text",
         _drift_follows_load,
     ),
     Statement(

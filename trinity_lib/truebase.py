@@ -5,6 +5,7 @@ looks inside, compares, and writes down what was found: a run file, and a card o
 """
 
 import hashlib
+import json
 import multiprocessing
 import os
 import time
@@ -141,6 +142,8 @@ def _at_once(
     config: TruebaseConfig, folder: Path, calls: list[tuple[TruebaseConfig, int, Path, Path]]
 ) -> list[Looked]:
     """All chains, some at a time, each in a process of its own."""
+    for log in folder.glob("worker-*.log"):  # of an attempt that was cut off
+        log.unlink()
     # one text for all, before they race to it
     own = truebase_config.chain(config, 0)
     data.load(own.data, own.model.vocab_size, calls[0][3])
@@ -152,8 +155,9 @@ def _at_once(
             while not all(future.done() for future in futures):
                 wait(futures, timeout=EVERY, return_when=FIRST_EXCEPTION)
                 print("\n".join(workers.latest(folder)), flush=True)
-                if any(future.done() and future.exception() for future in futures):
-                    break
+                for future in futures:
+                    if future.done():
+                        future.result()  # a failure is raised before the others are awaited
             return [future.result() for future in futures]
         except BrokenProcessPool as error:
             raise workers.WorkerDied(
@@ -184,6 +188,7 @@ def look(config: TruebaseConfig, number: int, runs: Path, cache: Path) -> Looked
         groups = compare.compare(
             folders,
             _rows(config, number, cache),
+            arithmetic=[(STAGES[1], STAGES[2], STAGES[0])],
             extend=(),
             device=config.device,
             seed=config.seed,
@@ -338,8 +343,9 @@ def _require_same(config: TruebaseConfig, attributes: Mapping[Any, Any]) -> None
 
 def _require_unchanged(config: TruebaseConfig, attributes: Mapping[Any, Any]) -> None:
     """Checkpoints that are given must be those that were looked at."""
+    looked_at = json.loads(attributes.get("checkpoints_sha256", "{}"))
     for stage, folder in config.checkpoints:
-        if checkpoint.sha256(Path(folder)) != attributes[f"{stage}_sha256"]:
+        if checkpoint.sha256(Path(folder)) != looked_at[stage]:
             raise BadValue(
                 f"The run {config.name!r} is of other weights than {folder} has now; choose "
                 "another name."
@@ -361,8 +367,9 @@ def _attributes(config: TruebaseConfig) -> dict[str, Any]:
         "threads": config.threads,
         "reader": config.reader,
     }
-    for stage, folder in config.checkpoints:
-        found[f"{stage}_sha256"] = checkpoint.sha256(Path(folder))
+    found["checkpoints_sha256"] = {
+        stage: checkpoint.sha256(Path(folder)) for stage, folder in config.checkpoints
+    }
     if not config.checkpoints:
         found["world_sha256"] = planted.sha256(planted.world(config.world))
         found["base"] = to_json(truebase_config.chain(config, 0))

@@ -1,6 +1,7 @@
 """What decides a study of stages: a chain trained here, or checkpoints that are given."""
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
@@ -93,9 +94,10 @@ class TruebaseConfig:
         names = [name for name, _ in self.checkpoints]
         alone = len(set(names)) == len(names)
         require(alone, "checkpoints", ", ".join(names), "stages named once each")
-        for name in names:  # of a folder, and of an attribute beside config_sha256
-            plain = name != "config" and name.replace("-", "").isidentifier()
-            require(plain, "checkpoints", name, "named by words, none of which is config")
+        for name in names:  # of a folder too
+            plain = bool(re.fullmatch(r"[\w.-]+", name)) and not name.startswith(".")
+            right = "named by letters, digits, '_', '-' and '.', none with a '.' first"
+            require(plain, "checkpoints", name, right)
         for parameter in ("world_file", "items", "texts", "tasks"):
             given = getattr(self, parameter)
             right = "empty unless checkpoints are given: a chain is asked about its own world"

@@ -76,6 +76,8 @@ def configure(
         name=convert(str, name, "name"),
         **{key: value for key, value in given.items() if value is not None},
     )
+    both = bool(config.source) and bool(config.checkpoints)
+    require(not both, "source", source, "empty where checkpoints are given")
     return truebase_config.named(config)
 
 
@@ -101,11 +103,13 @@ def run(config: TruebaseConfig) -> xr.DataTree:
 
 
 def left_out(run: xr.DataTree) -> str:
-    """What was not asked and why, a line each."""
-    reasons: dict[str, str] = json.loads(run.attrs["left_out"])
+    """What was not asked, a line a reason."""
+    reasons: dict[str, list[str]] = {}
+    for what, why in json.loads(run.attrs["left_out"]).items():
+        reasons.setdefault(why, []).append(what)
     if not reasons:
         return "nothing was left out"
-    return "\n".join(f"left out: {what}: {why}" for what, why in reasons.items())
+    return "\n".join(f"left out: {', '.join(what)}: {why}" for why, what in reasons.items())
 
 
 def drawn_from(run: xr.DataTree, config: TruebaseConfig) -> Path:
@@ -119,6 +123,8 @@ def cards(run: xr.DataTree) -> str:
     where: dict[str, str] = json.loads(run.attrs["cards"])
     audited: dict[str, str] = json.loads(run.attrs["folders"])
     check = "python -m trinity_lib.card verify"
+    if not (RUNS / run.attrs["name"]).is_dir():
+        return f"the checkpoints and cards of {run.attrs['name']} are not on this machine"
     return "\n".join(
         f"{check} {folder / place / JSON} {_shown(Path(audited[stage]))}"
         for stage, place in where.items()
