@@ -222,7 +222,7 @@ def given(stages: Sequence[str] = ("raw", "mini"), asked: bool = True) -> xr.Dat
     kinds = [
         ("text", "items", "law", "accuracy", NAN, 0.25),
         ("text", "items", "all", "accuracy", NAN, 0.3),
-        ("text", "items", "all", "expected calibration error", NAN, NAN),
+        ("text", "items", "all", "squared calibration error, debiased", NAN, NAN),
         ("text", "lm_eval", "copa", "acc", NAN, NAN),
     ]
     why = "no world was given"

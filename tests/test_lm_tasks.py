@@ -93,6 +93,12 @@ def test_without_a_count_nothing_is_known(count: object) -> None:
     assert ends(of_group) == (-math.inf, math.inf)
 
 
+def test_a_group_of_tasks_says_how_many_items_it_has() -> None:
+    values = {"acc,none": 0.5, "acc_stderr,none": 0.1, "sample_count": {"acc,none": 6}}
+    (found,) = lm_tasks._rows("group", values, {})
+    assert (found.low, found.high, found.units) == intervals.proportion(3, 6)[1:]
+
+
 def test_without_an_error_or_a_second_item_nothing_is_known() -> None:
     for error in ("N/A", None, math.nan, 0.0):
         found = rows({"bleu,none": 3.0, "bleu_stderr,none": error})["bleu"]

@@ -233,7 +233,7 @@ def test_audits_show_share_and_coverage() -> None:
 def test_items_have_a_panel_a_measure_with_chance() -> None:
     figure = drawn(plots_audit.items(staged.given()))
     assert [axis.get_ylabel() for axis in figure.axes] == [
-        "accuracy", "expected calibration error", "acc",
+        "accuracy", "squared calibration error, debiased", "acc",
     ]  # fmt: skip
     assert levels(figure.axes[0], stage_axes.CHANCE) == [0.25, 0.3]
     assert "planted truth" not in texts(figure)

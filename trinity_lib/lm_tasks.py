@@ -59,12 +59,14 @@ def evaluate(
 
 
 def _rows(name: str, values: dict[str, Any], found: dict[str, Any]) -> list[Finding]:
-    count = int(found.get("n-samples", {}).get(name, {}).get("effective") or 0)
+    every = found.get("n-samples", {}).get(name, {}).get("effective")
+    of_group = values.get("sample_count") or {}
     rows = []
     for key, value in values.items():
         metric, _, of = key.partition(",")
         if metric.endswith("_stderr") or metric in COUNTS or not _is_number(value):
             continue
+        count = int(of_group.get(key) or every or 0)
         held = _interval(metric, float(value), values.get(f"{metric}_stderr,{of}"), count)
         rows.append(Finding(FAMILY, name, metric, math.nan, *held[:3], math.nan, count))
     return rows

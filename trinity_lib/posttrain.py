@@ -10,12 +10,10 @@ import time
 from pathlib import Path
 
 import numpy as np
-import torch
 import xarray as xr
 from safetensors.torch import save_file
 
 from trinity_lib import (
-    balancers,
     checkpoint,
     disk,
     examination,
@@ -25,15 +23,13 @@ from trinity_lib import (
     optim,
     stages,
 )
-from trinity_lib.balance import Balancer
 from trinity_lib.config import Refusal, from_file, one_sentence, to_json
 from trinity_lib.experts import use_backend
-from trinity_lib.model import Trinity
 from trinity_lib.posttrain_config import PosttrainConfig, Stage
 from trinity_lib.posttrain_session import Session, done, products_dtype, stage_name, start
 from trinity_lib.progress import Progress
 from trinity_lib.run import fresh_name
-from trinity_lib.student import Measures, Student, optimizers, share
+from trinity_lib.student import Measures, Student, balancer_of, optimizers, share
 from trinity_lib.train import RUNS, reproducible
 
 
@@ -72,7 +68,7 @@ def _learn(session: Session, number: int, stage: Stage) -> None:
     """One whole stage: adapters on, steps, adapters merged, the exam, the checkpoint."""
     config, model = session.config, session.model
     rng = np.random.default_rng([config.seed, number])
-    student = Student(config, model, session.template, _balancer(config, model), [], [])
+    student = Student(config, model, session.template, balancer_of(config, model), [], [])
     method = _method(session, student, stage, rng)
     if config.lora is None:
         student.trained = list(model.parameters())
@@ -106,22 +102,6 @@ def _method(
         return stages.Rewards(stage, student, tasks, rng)
     encoded = [[template.encode(q.conversation) for q in task] for task in tasks]
     return stages.Supervised(stage, encoded, rng)
-
-
-def _balancer(config: PosttrainConfig, model: Trinity) -> Balancer:
-    """The balancer at a stage's start: the model's biases, and no momentum."""
-    router, routers = model.config.router, model.routers()
-    made = balancers.build(
-        config.balance,
-        num_layers=len(routers),
-        num_experts=router.num_experts,
-        top_k=router.top_k,
-        vocab_size=model.config.vocab_size,
-        seed=config.seed,
-        device=config.device,
-    )
-    made.bias_LE = torch.stack([router.bias_E for router in routers]).clone()
-    return made
 
 
 def _record(

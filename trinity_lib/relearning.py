@@ -14,7 +14,7 @@ import numpy as np
 import torch
 import xarray as xr
 
-from trinity_lib import balancers, examination, optim, stage_schema, stages
+from trinity_lib import examination, optim, stage_schema, stages
 from trinity_lib.chat import Example, Template
 from trinity_lib.config import require
 from trinity_lib.dialogues import Question
@@ -22,7 +22,7 @@ from trinity_lib.experts import use_backend
 from trinity_lib.model import Trinity
 from trinity_lib.posttrain_config import PosttrainConfig, Stage
 from trinity_lib.posttrain_session import products_dtype
-from trinity_lib.student import Student, optimizers, share
+from trinity_lib.student import Student, balancer_of, optimizers, share
 from trinity_lib.train import reproducible
 
 
@@ -148,17 +148,7 @@ def _student(start: Start, config: PosttrainConfig) -> Student:
     model = copy.deepcopy(start.model).to(config.device, torch.float32).requires_grad_(True)
     model.zero_grad()
     use_backend(model, config.experts, products_dtype(config))
-    router, routers = model.config.router, model.routers()
-    balancer = balancers.build(
-        config.balance,
-        num_layers=len(routers),
-        num_experts=router.num_experts,
-        top_k=router.top_k,
-        vocab_size=model.config.vocab_size,
-        seed=config.seed,
-        device=config.device,
-    )
-    balancer.bias_LE = torch.stack([each.bias_E for each in routers]).clone()
+    balancer = balancer_of(config, model)
     weights = list(model.parameters())
     moved = optimizers(model, config, weights)
     return Student(config, model, start.template, balancer, moved, weights)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from trinity_lib import examination, optim
+from trinity_lib import balancers, examination, optim
 from trinity_lib.balance import Balancer, load
 from trinity_lib.chat import Packed, Template
 from trinity_lib.model import Trinity
@@ -119,4 +119,20 @@ def optimizers(
     for optimizer in made:
         for group in optimizer.param_groups:
             group["peak"] = group["lr"] * factor
+    return made
+
+
+def balancer_of(config: PosttrainConfig, model: Trinity) -> Balancer:
+    """The balancer at a stage's start: the model's biases, and no momentum."""
+    router, routers = model.config.router, model.routers()
+    made = balancers.build(
+        config.balance,
+        num_layers=len(routers),
+        num_experts=router.num_experts,
+        top_k=router.top_k,
+        vocab_size=model.config.vocab_size,
+        seed=config.seed,
+        device=config.device,
+    )
+    made.bias_LE = torch.stack([router.bias_E for router in routers]).clone()
     return made
