@@ -135,10 +135,15 @@ def test_a_killed_run_resumes_to_the_bit(
 ) -> None:
     seed = random.SystemRandom().randrange(2**32)
     print(f"moments drawn with seed {seed}")
-    killed = dataclasses.replace(config, name="killed")
-    done = run_through_kills(killed, tmp_path, cache, random.Random(seed), 3)
-    assert done.all >= 2 and done.saving >= 1
-    assert_same_to_the_bit(whole, tmp_path, "killed")
+    moment, done = random.Random(seed), Kills(0, 0)
+    for number in range(10):  # a run on a busy machine may end before it is killed
+        killed = dataclasses.replace(config, name=f"killed-{number}")
+        more = run_through_kills(killed, tmp_path, cache, moment, 3)
+        assert_same_to_the_bit(whole, tmp_path, killed.name)
+        done = Kills(done.all + more.all, done.saving + more.saving)
+        if done.all >= 2 and done.saving >= 1:
+            return
+    raise AssertionError(f"ten runs were killed too seldom: {done}")
 
 
 @pytest.mark.slow

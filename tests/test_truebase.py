@@ -26,7 +26,7 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Study:
 def test_a_run_has_all_groups_with_their_labels(study: Study) -> None:
     tree = open_run(study.runs / "tiny.nc")
     assert tree.attrs["status"] == "complete" and tree.identical(study.tree)
-    assert set(tree.children) == {"claims", *STAGE_GROUPS} - {"task_vector"}
+    assert set(tree.children) == {"claims", *STAGE_GROUPS}
     for name, node in tree.children.items():
         for variable, about in TABLES[name].items():
             assert node[variable].dims == about.dims
@@ -50,7 +50,7 @@ def test_every_stage_was_asked_in_text_and_in_conversations(study: Study) -> Non
     assert (found["model_seed"] == 0).all()
     count = found.groupby(["of_stage", "asked_as"]).size().unstack()
     assert set(count.index) == set(STAGES) and list(count.columns) == ["chat", "text"]
-    assert (count.nunique() == 1).all() and (count["chat"] >= 13).all()
+    assert (count.nunique() == 1).all() and (count["chat"] >= 10).all()
     in_text = set(found.loc[found["asked_as"] == "text", "family"])
     assert in_text == set(truebase.audit.FAMILIES)
     in_chat = set(found.loc[found["asked_as"] == "chat", "family"])
@@ -153,12 +153,15 @@ def test_chains_in_processes_of_their_own_find_the_same(study: Study, tmp_path: 
     for each in (first, second):
         assert (each[words].to_numpy() == alone[words].to_numpy()).all()
     assert (first["estimate"].to_numpy() != second["estimate"].to_numpy()).any()
-    for name in ("lens", "attribute_probe", "path", "routing_change", "weight_drift"):
+    for name in ("lens", "path", "routing_change", "task_vector", "weight_drift"):
         assert tree[name].to_dataset().identical(study.tree[name].to_dataset())
+    for name in ("attribute_probe", "association_lens"):  # this study has no innocent model
+        both = study.tree[name].to_dataset().sel(probed=list(STAGES))
+        assert tree[name].to_dataset().identical(both)
     same, other = (tree["claim_values"].sel(chain=seed) for seed in (0, 1))
     single = study.tree["claim_values"]["estimate"].isel(chain=0).values
     of_innocent = np.isnan(same["estimate"].values)
-    assert of_innocent.sum() == 1
+    assert of_innocent.sum() == 3
     np.testing.assert_array_equal(same["estimate"].values[~of_innocent], single[~of_innocent])
     assert (same["estimate"] != other["estimate"]).any()
     known = tree["claims"]["estimate"].notnull()
