@@ -1,6 +1,7 @@
 """All that is asked of one checkpoint: audits as its text goes on, and in conversations."""
 
 import re
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -69,7 +70,9 @@ def read(folder: Path, reader: Reader, device: str) -> Checkpoint:
 
 def _by_transformers(folder: Path, device: str) -> torch.nn.Module:
     try:
-        import transformers
+        with warnings.catch_warnings():  # of a progress bar of its own
+            warnings.filterwarnings("ignore", "IProgress not found")
+            import transformers
     except ImportError as error:
         raise BadValue("reader transformers needs: pip install 'trinity-lib[eval]'.") from error
     transformers.utils.logging.disable_progress_bar()

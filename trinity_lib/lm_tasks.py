@@ -2,6 +2,7 @@
 
 import logging
 import math
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -33,10 +34,12 @@ def evaluate(
     where lm_eval refuses, which it does for a task whose data is not on this machine.
     """
     try:
-        import lm_eval
-        from lm_eval.tasks import TaskManager
+        with warnings.catch_warnings():  # of a progress bar of its own
+            warnings.filterwarnings("ignore", "IProgress not found")
+            import lm_eval
+            from lm_eval.tasks import TaskManager
 
-        from trinity_lib.harness import TrinityLM
+            from trinity_lib.harness import TrinityLM
     except ImportError as error:
         raise BadValue("tasks need lm_eval: pip install 'trinity-lib[eval]'.") from error
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
