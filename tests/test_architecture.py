@@ -60,6 +60,7 @@ LAYERS = (
     ("truebase_config",),
     ("chain", "interview", "stage_statements"),
     ("inside", "given"),
+    ("stage_cards",),
     ("truebase",),
     ("launch", "articles"),
     ("kernels_config", "study_config", "plan_config", "posttrain_launch"),
@@ -111,7 +112,8 @@ def test_reading_a_run_needs_no_torch() -> None:
     code = (
         "import sys; from trinity_lib.record import open_run, open_runs; "
         "import trinity_lib.plots, trinity_lib.metrics, trinity_lib.plots_study, "
-        "trinity_lib.dynamics, trinity_lib.specialisation, trinity_lib.outcome; "
+        "trinity_lib.dynamics, trinity_lib.specialisation, trinity_lib.outcome, "
+        "trinity_lib.plots_audit, trinity_lib.plots_stages, trinity_lib.card; "
         "assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -38,7 +38,9 @@ def innocent(config: TruebaseConfig, number: int, runs: Path, cache: Path) -> Pa
     """A checkpoint that never had the association: chain `number` of the null world.
 
     Of the same names, which were told of as often, in tokens of the same tokenizer, and
-    post-trained alike but for answers about jobs, which are fair from the first. The chain
+    post-trained alike but for answers about jobs, which are fair from the first. It differs in
+    more than the association: the null world has no fact, frequency or leak of its own either,
+    so that the lessons ask for facts its text never told, and no stage debiases it. The chain
     itself must be there.
     """
     null = dataclasses.replace(

@@ -109,7 +109,7 @@ def look(config: TruebaseConfig, cache: Path, tell: Callable[[str], None]) -> Gi
             said[stage] += interview.of_world(model, world, config.seed)
             why = interview.not_conversed(model)
             left_out |= {f"conversations with {stage}": why} if why else {}
-        said[stage] += interview.of_any(model.subject, asked, seed=config.seed)
+        said[stage] += interview.of_any(model.subject, asked)
     if world is None:
         why = "planted truth: no world was given, and the text of released models has none"
         left_out |= dict.fromkeys(audit.FAMILIES, why)

@@ -150,8 +150,8 @@ def _whom(world: World, question: Question) -> str:
     return next((word for word in words if word in people), question.key)
 
 
-def of_any(subject: Subject, asked: Sequence[items.Item], *, seed: int) -> list[Said]:
+def of_any(subject: Subject, asked: Sequence[items.Item]) -> list[Said]:
     """What can be asked of any model: the user's items."""
     if not asked:
         return []
-    return [Said(TEXT, each) for each in items.audit(subject, asked, seed=seed)]
+    return [Said(TEXT, each) for each in items.audit(subject, asked)]

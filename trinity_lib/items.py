@@ -85,12 +85,11 @@ def _name(record: dict[str, Any], key: str) -> str:
     return "" if value is None else str(value)
 
 
-def audit(subject: Subject, items: Sequence[Item], *, seed: int = 0) -> list[Finding]:
+def audit(subject: Subject, items: Sequence[Item]) -> list[Finding]:
     """Accuracy beside chance, its confidence beside its accuracy, by group and of all.
 
     A choice's probability is normalised over the choices, by their whole log-probability and
-    not by their length. The calibration error is there from `CALIBRATED_FROM` items on. No
-    figure depends on `seed`, which other audits draw by.
+    not by their length. The calibration error is there from `CALIBRATED_FROM` items on.
     """
     nats = subject.score([i.prompt for i in items], [i.choices for i in items])
     shares = [np.exp(each - np.logaddexp.reduce(each)) for each in nats]

@@ -21,7 +21,6 @@ import xarray as xr
 
 from trinity_lib import (
     audit,
-    card,
     chain,
     checkpoint,
     compare,
@@ -31,6 +30,7 @@ from trinity_lib import (
     interview,
     planted,
     rows,
+    stage_cards,
     stage_statements,
     truebase_config,
     workers,
@@ -42,7 +42,6 @@ from trinity_lib.progress import Progress
 from trinity_lib.record import Claim, Writer, open_run, provenance, read_attributes
 from trinity_lib.stage_schema import STAGES as SCHEMA
 from trinity_lib.stage_statements import Seen
-from trinity_lib.subject import Finding
 from trinity_lib.train import CACHE, RUNS, reproducible
 from trinity_lib.truebase_config import STAGES, TruebaseConfig
 
@@ -52,14 +51,6 @@ PAUSE = 3.0
 """Seconds between lines on what is done, at least."""
 EVERY = 10.0
 """Seconds between lines on what the workers do."""
-LIMITATIONS = (
-    "The model is a toy of some hundred thousand parameters, trained for minutes on text made "
-    "by rule: what is found shows what the audits can see, not what a large model holds.",
-    "Intervals are over names, people or places of one chain: they say nothing of other seeds.",
-)
-"""Of every card of a chain that was trained here."""
-CARDS = "cards"
-"""Folder of a run with a card for every stage."""
 
 
 class Looked(NamedTuple):
@@ -108,8 +99,11 @@ def run(config: TruebaseConfig, *, runs: Path = RUNS, cache: Path = CACHE) -> xr
         with reproducible(config.threads, config.device):
             found = _found(config, writer.folder, runs, cache)
             _write(writer, config, found)
-        cards = _cards(config, found, writer)
-        folders = {stage: str(path) for stage, path in found[0].folders.items()}
+        first = found[0]
+        cards = stage_cards.write(
+            config, writer.folder, first.said, first.folders, first.left_out
+        )
+        folders = {stage: str(path) for stage, path in first.folders.items()}
         writer.annotate(cards=cards, folders=folders)
         file = writer.close("complete")
     except BaseException as error:
@@ -149,23 +143,23 @@ def _at_once(
     data.load(own.data, own.model.vocab_size, calls[0][3])
     about = str(folder), os.getpid()
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(config.workers, context, workers.begin, about) as pool:
+    pool = ProcessPoolExecutor(config.workers, context, workers.begin, about)
+    try:
         futures = [pool.submit(look, *call) for call in calls]
-        try:
-            while not all(future.done() for future in futures):
-                wait(futures, timeout=EVERY, return_when=FIRST_EXCEPTION)
-                print("\n".join(workers.latest(folder)), flush=True)
-                for future in futures:
-                    if future.done():
-                        future.result()  # a failure is raised before the others are awaited
-            return [future.result() for future in futures]
-        except BrokenProcessPool as error:
-            raise workers.WorkerDied(
-                f"A worker of {config.name!r} was killed, probably for want of memory; run it "
-                f"again to go on, with fewer workers than {config.workers}."
-            ) from error
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
+        while not all(future.done() for future in futures):
+            wait(futures, timeout=EVERY, return_when=FIRST_EXCEPTION)
+            print("\n".join(workers.latest(folder)), flush=True)
+            for future in futures:
+                if future.done():
+                    future.result()  # a failure is raised before the others are awaited
+        return [future.result() for future in futures]
+    except BrokenProcessPool as error:
+        raise workers.WorkerDied(
+            f"A worker of {config.name!r} was killed, probably for want of memory; run it "
+            f"again to go on, with fewer workers than {config.workers}."
+        ) from error
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
 
 
 def look(config: TruebaseConfig, number: int, runs: Path, cache: Path) -> Looked:
@@ -282,53 +276,6 @@ def rows_of(found: Sequence[Looked]) -> pd.DataFrame:
 
 def _seen(table: pd.DataFrame, looked: Looked) -> Seen:
     return Seen(table[table["model_seed"] == looked.seed], looked.groups)
-
-
-def _cards(config: TruebaseConfig, found: Sequence[Looked], writer: Writer) -> dict[str, str]:
-    """Write a card of every stage of the first chain; where each is in the run's folder."""
-    first = found[0]
-    findings = {stage: _named(said) for stage, said in first.said.items()}
-    lessons = sorted((writer.folder / "lessons").glob("*.jsonl"))
-    places = {}
-    for stage, folder in first.folders.items():
-        made = card.build(
-            {stage: findings[stage]} | findings,
-            folder,
-            _training(folder),
-            stage=stage,
-            data=_data(config),
-            limitations=[] if config.checkpoints else LIMITATIONS,
-            not_asked=first.left_out,
-            records={path.name: path for path in lessons},
-        )
-        where = writer.folder / CARDS / stage
-        card.write(made, where)
-        places[stage] = str(where.relative_to(writer.folder))
-    return places
-
-
-def _named(said: Sequence[Said]) -> list[Finding]:
-    """What is asked in a conversation says so in its item."""
-    return [
-        each._replace(item=f"{each.item}, in conversation") if how == interview.CHAT else each
-        for how, each in said
-    ]
-
-
-def _training(folder: Path) -> dict[str, Any]:
-    """Attributes of the run that a checkpoint belongs to; none where it is not one of ours."""
-    there = (folder.parent / "run.json").is_file()
-    return dict(read_attributes(folder.parent)) if there else {}
-
-
-def _data(config: TruebaseConfig) -> dict[str, str]:
-    if config.checkpoints:
-        files = {"items": config.items, "texts": config.texts}
-        found = {n: checkpoint.described(Path(p))["sha256"] for n, p in files.items() if p}
-        if config.world_file:  # a file, or a folder with one
-            found["world"] = planted.sha256(planted.read(Path(config.world_file)))
-        return found
-    return {"planted world": planted.sha256(planted.world(config.world))}
 
 
 def _require_same(config: TruebaseConfig, attributes: Mapping[Any, Any]) -> None:
