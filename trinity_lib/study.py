@@ -17,7 +17,17 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from trinity_lib import data, findings, grid, replay, statements, study_config, trial, workers
+from trinity_lib import (
+    data,
+    disk,
+    findings,
+    grid,
+    replay,
+    statements,
+    study_config,
+    trial,
+    workers,
+)
 from trinity_lib.config import (
     BadValue,
     Refusal,
@@ -37,6 +47,7 @@ from trinity_lib.run import RunConfig
 from trinity_lib.schema import TABLES
 from trinity_lib.study_config import StudyConfig
 from trinity_lib.train import CACHE, RUNS
+from trinity_lib.trial import WORK
 from trinity_lib.workers import WorkerDied
 
 GATHER_EVERY = 40
@@ -129,9 +140,9 @@ class _Study:
             pool.shutdown(wait=True, cancel_futures=True)
 
     def tidy(self) -> None:
-        """Remove the checkpoints that rescues began with."""
-        for key in self.kept:
-            trial.clear(key, self.folder)
+        """Remove the checkpoints that rescues began with, and what killed workers left."""
+        if (self.folder / WORK).exists():
+            disk.remove_folder(self.folder / WORK)
 
     def _execute(self, pool: Executor, trials: list[Trial], later: int = 0) -> None:
         """Run what has no outcome yet; `later` more runs at most are to come after these."""
@@ -167,7 +178,7 @@ class _Study:
         return key not in self.kept or self._checkpoint(key).is_dir() or _has_failed(file)
 
     def _checkpoint(self, key: str) -> Path:
-        return self.folder / "work" / key / trial.STAGE
+        return self.folder / WORK / key / trial.STAGE
 
     def _call(self, one: Trial) -> tuple[str, RunConfig, Path, Path, bool]:
         config = one.config

@@ -22,6 +22,8 @@ from trinity_lib.session import BALANCER, new_balancer, under
 from trinity_lib.step import TrainingFailed
 from trinity_lib.train import reproducible, train
 
+WORK = "work"
+"""The folder, beside the outcomes, of the runs that trials are while they last."""
 STAGE = "base"
 """The checkpoint that a run of one phase ends with."""
 LEAK_ROWS, LEAK_EVERY = 8, 3
@@ -48,7 +50,7 @@ def run(
     checkpoint is to be kept. A run that diverges has an outcome too, which says so, and so
     has one that was to begin with the checkpoint of such a run.
     """
-    work, file = folder / "work", folder / f"{key}.nc"
+    work, file = folder / WORK, folder / f"{key}.nc"
     clear(key, folder)
     named = dataclasses.replace(config, name=key)
     try:
@@ -71,9 +73,9 @@ def run(
 
 def clear(key: str, folder: Path) -> None:
     """Remove a trial's run and checkpoints."""
-    if (folder / "work" / key).exists():
-        disk.remove_folder(folder / "work" / key)
-    (folder / "work" / f"{key}.nc").unlink(missing_ok=True)
+    if (folder / WORK / key).exists():
+        disk.remove_folder(folder / WORK / key)
+    (folder / WORK / f"{key}.nc").unlink(missing_ok=True)
 
 
 def leak(saved: Path, config: RunConfig, cache: Path) -> Leak:
