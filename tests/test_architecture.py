@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parent.parent / "trinity_lib"
 MODULES = sorted(p.stem for p in PACKAGE.glob("*.py") if p.stem != "__init__")
 LAYERS = (
     ("variable",),
-    ("config", "progress", "world", "plugin", "allocator", "native"),
+    ("config", "progress", "world", "plugin", "allocator", "native", "onednn"),
     ("headings", "card_html", "subject", "stage_schema", "planted_text", "plots_rehearsal"),
     ("initial", "muon", "schema", "audited", "ledger", "guise"),
     ("planted_tables", "intervals"),

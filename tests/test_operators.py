@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils.flop_counter import FlopCounterMode
 
-from trinity_lib import dropless, operators
+from trinity_lib import dropless, onednn, operators
 from trinity_lib.ledger import Ledger
 
 T, K, E, F_, D = 7, 2, 3, 5, 4
@@ -93,9 +93,19 @@ def test_a_workspace_counts_in_the_peak_and_is_gone() -> None:
 
 
 def test_kinds_and_formulas_name_the_same_experts() -> None:
-    assert set(operators.FORMULAS) == set(operators.WORKSPACES) == {EXPERTS, BACKWARD}
-    assert set(operators.FORMULAS) < set(operators.KINDS)
-    assert {operators.KINDS[o] for o in operators.FORMULAS} == {"experts"}
+    assert set(operators.WORKSPACES) == {EXPERTS, BACKWARD} < set(operators.KINDS)
+    assert set(operators.FORMULAS) == {EXPERTS, BACKWARD, torch.ops.trinity.product}
+    assert {operators.KINDS[o] for o in operators.WORKSPACES} == {"experts"}
+
+
+def test_a_product_through_onednn_counts_as_any_other() -> None:
+    x, matrix = torch.randn(128, 256), torch.randn(128, 256)
+    ledger = Ledger(operators.FORMULAS, operators.WORKSPACES, lambda line: None)
+    with ledger:
+        onednn.linear(x, matrix)
+        x @ matrix.t()
+    one, other = ledger.flops.values()
+    assert one == other == 2 * 128 * 256 * 128
 
 
 def watched(tokens: int = 6, vocabulary: int = 10) -> Ledger:

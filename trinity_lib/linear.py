@@ -1,10 +1,9 @@
 """Linear layers; in decoding, products of a few rows through the C++ operator."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from trinity_lib import native
+from trinity_lib import native, onednn
 
 
 class Linear(nn.Linear):
@@ -46,7 +45,7 @@ def products(x: Tensor, *matrices: Tensor, few: bool = True) -> list[Tensor]:
         flat = x.reshape(-1, x.shape[-1])
         outputs = torch.ops.trinity_native.few_rows(flat, list(matrices))
         return [y.view(*x.shape[:-1], -1) for y in outputs]
-    return [F.linear(x, matrix) for matrix in matrices]
+    return [onednn.linear(x, matrix) for matrix in matrices]
 
 
 @torch.compiler.assume_constant_result

@@ -6,11 +6,10 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from trinity_lib import initial
+from trinity_lib import initial, onednn
 from trinity_lib.attention import (
     Attention,
     AttentionConfig,
@@ -241,7 +240,7 @@ class Trinity(nn.Module):
         h_BSD = self.norm(h_BSD)
         h_BSD = h_BSD[:, -1:] if last else h_BSD
         if self.head is None:
-            logits_BSV = F.linear(h_BSD, self.embedding.weight)
+            logits_BSV = onednn.linear(h_BSD, self.embedding.weight)
         else:
             logits_BSV = self.head(h_BSD)
         return Output(logits_BSV, tuple(routings), tuple(states) if hidden else ())

@@ -8,6 +8,7 @@ import torch.distributed.fsdp  # noqa: F401  whose operators are named below
 from torch import Tensor
 
 import trinity_lib.dropless  # noqa: F401  whose operators are named below
+import trinity_lib.onednn  # noqa: F401
 from trinity_lib.ledger import Ledger
 
 
@@ -43,8 +44,14 @@ def rules(ledger: Ledger, tokens: int, vocabulary: int) -> dict[Any, Callable[..
         fsdp.chunk_cat: whole_gradients,
         c10d._reduce_scatter_base_: reducing,
         c10d.alltoall_base_: exchanging,
-        **dict.fromkeys([aten.mm, aten._to_copy, aten._log_softmax, aten.exp], logits),
+        **dict.fromkeys(
+            [aten.mm, _PRODUCT, aten._to_copy, aten._log_softmax, aten.exp], logits
+        ),
     }
+
+
+def _product_flop(a: Tensor, b: Tensor, **kwargs: Any) -> int:
+    return 2 * a.numel() * len(b)
 
 
 def _experts_flop(
@@ -78,7 +85,7 @@ def _experts_backward_workspace(
     return weights.numel() * width * x.element_size()
 
 
-_ATEN = torch.ops.aten
+_ATEN, _PRODUCT = torch.ops.aten, torch.ops.trinity.product
 _EXPERTS, _EXPERTS_BACKWARD = torch.ops.trinity.experts, torch.ops.trinity.experts_backward
 KINDS = {
     _ATEN._scaled_dot_product_efficient_attention: "attention",
@@ -88,6 +95,7 @@ KINDS = {
 }
 """What operators are counted under, where not under products."""
 FORMULAS: dict[Any, Callable[..., int]] = {
+    _PRODUCT: _product_flop,
     _EXPERTS: _experts_flop,
     _EXPERTS_BACKWARD: _experts_backward_flop,
 }
