@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from trinity_lib import native
 from trinity_lib.muon import NEWTON_SCHULZ, Muon, orthogonalise
 
 
@@ -265,3 +266,39 @@ def test_momentum_is_what_a_checkpoint_takes_along() -> None:
         muon, p.grad = resumed, grad.clone()
         muon.step()
     assert torch.equal(p.detach(), at_once)
+
+
+@pytest.mark.skipif(bool(native.missing()), reason="there is no C++ compiler")
+@pytest.mark.parametrize("idle", ["rest", "move"])
+@pytest.mark.parametrize(
+    "shape", [(5, 24, 40), (3, 40, 24), (2, 300, 13), (4, 1, 9), (0, 4, 4)]
+)
+def test_the_operator_takes_the_same_steps(
+    shape: tuple[int, ...], idle: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """C++ and torch, over gradients of which some are idle and one is no whole tensor."""
+    grads = [random(*shape, seed=s) for s in range(3)] + [random(*shape).mT.contiguous().mT]
+    for i in range(min(2, shape[0])):
+        grads[1 + i][i] = 0
+    how: dict = {"idle_experts": idle, "weight_decay": 0.3, "transposed": True}
+    calls = []
+    real = torch.ops.trinity_native.muon
+    monkeypatch.setattr(
+        torch.ops.trinity_native, "muon", lambda *a: calls.append(a[0].shape) or real(*a)
+    )
+    found = moved(random(*shape, seed=9), grads, **how)
+    assert calls == [shape] * 4
+    monkeypatch.setattr(native, "missing", lambda: "it is left out")
+    expected = moved(random(*shape, seed=9), grads, **how)
+    assert len(calls) == 4
+    torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.skipif(bool(native.missing()), reason="there is no C++ compiler")
+def test_the_operators_bits_do_not_depend_on_threads() -> None:
+    results, before = [], torch.get_num_threads()
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        results.append(moved(random(7, 24, 40), [random(7, 24, 40, seed=s) for s in (1, 2)]))
+    torch.set_num_threads(before)
+    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])

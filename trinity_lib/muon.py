@@ -7,6 +7,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from trinity_lib import native, onednn
+
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 """Quintic coefficients of Jordan et al. 2024 (kellerjordan.github.io/posts/muon)."""
 
@@ -76,11 +78,29 @@ class Muon(torch.optim.Optimizer):
                 if self.owners is not None and p.dim() == 2:
                     split.append(p)
                     continue
+                if _native_takes(p):
+                    self._step_natively(p, group)
+                    continue
                 ahead, moved = self._averaged(p, group)
                 update = orthogonalise(ahead, group["steps"])
                 _apply(p, p.shape, update, moved, group)
             if self.owners is not None:
                 self._step_together(split, group, self.owners)
+
+    def _step_natively(self, p: Tensor, group: dict[str, Any]) -> None:
+        """The same for a batch of matrices, one per thread in a C++ operator."""
+        lr = group["lr"]
+        torch.ops.trinity_native.muon(
+            p,
+            p.grad,
+            self._momentum(p),
+            group["momentum"],
+            lr * _shape_factor(p.shape, group),
+            lr * group["weight_decay"],
+            group["steps"],
+            group["idle_experts"] == "rest",
+            NEWTON_SCHULZ,
+        )
 
     def _step_together(
         self, split: Sequence[Tensor], group: dict[str, Any], owners: Owners
@@ -99,14 +119,22 @@ class Muon(torch.optim.Optimizer):
     def _averaged(self, p: Tensor, group: dict[str, Any]) -> tuple[Tensor, Tensor | None]:
         """Nesterov's look ahead of the momentum, which moves; which matrices of a batch do."""
         assert p.grad is not None
-        state = self.state[p]
-        if not state:
-            state["momentum"] = torch.zeros_like(p)
-        buffer, beta = state["momentum"], group["momentum"]
+        buffer, beta = self._momentum(p), group["momentum"]
         moved = _matrices_with_gradient(p.grad, group["idle_experts"])
         averaged = buffer.lerp(p.grad, 1 - beta)
         buffer.copy_(averaged if moved is None else torch.where(moved, averaged, buffer))
         return p.grad.lerp(averaged, beta), moved
+
+    def _momentum(self, p: Tensor) -> Tensor:
+        state = self.state[p]
+        if not state:
+            state["momentum"] = torch.zeros_like(p)
+        return state["momentum"]
+
+
+def _native_takes(p: Tensor) -> bool:
+    fits = p.dim() == 3 and p.device.type == "cpu" and p.dtype == torch.float32
+    return fits and p.is_contiguous() and not native.missing()
 
 
 def _apply(
@@ -116,13 +144,17 @@ def _apply(
     moved: Tensor | None,
     group: dict[str, Any],
 ) -> None:
+    lr = group["lr"]
+    change = update.mul_(lr * _shape_factor(shape, group))
+    change.add_(p, alpha=lr * group["weight_decay"])
+    p.sub_(change if moved is None else change.mul_(moved))
+
+
+def _shape_factor(shape: Sequence[int], group: dict[str, Any]) -> float:
     fan_out, fan_in = shape[-2:]
     if group["transposed"]:
         fan_out, fan_in = fan_in, fan_out
-    lr = group["lr"]
-    change = update.mul_(lr * math.sqrt(max(1.0, fan_out / fan_in)))
-    change.add_(p, alpha=lr * group["weight_decay"])
-    p.sub_(change if moved is None else change.mul_(moved))
+    return math.sqrt(max(1.0, fan_out / fan_in))
 
 
 def _matrices_with_gradient(grad: Tensor | None, idle_experts: str) -> Tensor | None:
@@ -145,6 +177,11 @@ def orthogonalise(matrices: Tensor, steps: int = 5) -> Tensor:
     x = x.mT if tall else x
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     for _ in range(steps):
-        gram = x @ x.mT
-        x = a * x + (b * gram + c * gram @ gram) @ x
+        gram = _times(x, x)
+        x = a * x + _times(b * gram + c * _times(gram, gram), x.mT)
     return (x.mT if tall else x).to(matrices.dtype)
+
+
+def _times(left: Tensor, right: Tensor) -> Tensor:
+    """left times right transposed."""
+    return onednn.linear(left, right) if left.dim() == 2 else left @ right.mT

@@ -21,10 +21,11 @@
 #include <ATen/cpu/vec/vec.h>
 #include <torch/library.h>
 
+#include "native_products.h"
+
 namespace {
 
 using at::Tensor;
-using Vec = at::vec::Vectorized<float>;
 
 constexpr int64_t kBlock = 256;  // rows of one task; a heavy expert is several
 constexpr int64_t kFew = 8;  // rows whose products read a matrix once, at memory speed
@@ -74,43 +75,6 @@ std::vector<Task> weight_slices(const int64_t* ends, int64_t experts, int64_t hi
   return tasks;
 }
 
-// The BLAS that torch was built with, where it shows its Fortran name: at::mm_out costs a few
-// microseconds a call, a tenth of the time of a small expert.
-extern "C" void sgemm_(
-    const char*, const char*, const int*, const int*, const int*, const float*, const float*, const int*,
-    const float*, const int*, const float*, float*, const int*) __attribute__((weak));
-
-// A matrix in memory, and whether it is meant transposed; `stride` floats from row to row.
-struct Matrix {
-  const float* data;
-  int64_t stride;
-  bool transposed = false;
-
-  Tensor view(int64_t rows, int64_t columns) const {
-    const auto options = at::TensorOptions().dtype(at::kFloat);
-    float* start = const_cast<float*>(data);
-    if (!transposed) return at::from_blob(start, {rows, columns}, {stride, 1}, options);
-    return at::from_blob(start, {rows, columns}, {1, stride}, options);
-  }
-};
-
-// c [m, n] = a [m, k] times b [k, n], added to what is there if asked.
-void product(float* c, const Matrix& a, const Matrix& b, int64_t m, int64_t n, int64_t k, bool add = false) {
-  if (sgemm_) {  // columns first: c' = b' a'
-    const int m_ = m, n_ = n, k_ = k, lda = a.stride, ldb = b.stride;
-    const float one = 1.0f, beta = add ? 1.0f : 0.0f;
-    const char *ta = a.transposed ? "T" : "N", *tb = b.transposed ? "T" : "N";
-    sgemm_(tb, ta, &n_, &m_, &k_, &one, b.data, &ldb, a.data, &lda, &beta, c, &n_);
-    return;
-  }
-  Tensor c_ = Matrix{c, n}.view(m, n);
-  if (add) {
-    c_.addmm_(a.view(m, k), b.view(k, n));
-  } else {
-    at::mm_out(c_, a.view(m, k), b.view(k, n));
-  }
-}
-
 // Asks for a matrix before a product does, which reads it less eagerly.
 void prefetch(const float* data, int64_t size) {
   for (int64_t i = 0; i < size; i += 16) __builtin_prefetch(data + i, 0, 2);
@@ -131,10 +95,6 @@ void stream(const float* from, float* to, int64_t size) {
   }
 #endif
   std::copy(from + i, from + size, to + i);
-}
-
-float total(const Vec& lanes) {
-  return at::vec::vec_reduce_all<float>([](Vec& a, Vec& b) { return a + b; }, lanes);
 }
 
 // out[r, f] = <x[r], w[f]> for N rows r: [N, D] by [F, D].
@@ -400,7 +360,7 @@ std::vector<Tensor> few_rows(const Tensor& x_, at::TensorList matrices) {
 
 }  // namespace
 
-TORCH_LIBRARY(trinity_native, m) {
+TORCH_LIBRARY_FRAGMENT(trinity_native, m) {
   m.def("experts(Tensor x, Tensor gate, Tensor up, Tensor down, Tensor experts, Tensor weights) -> "
         "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def("experts_backward(Tensor dy, Tensor x, Tensor gate, Tensor up, Tensor down, Tensor weights, "

@@ -13,7 +13,8 @@ from torch import Tensor
 
 FEW_ROWS = 8
 """Rows that `few_rows` takes."""
-SOURCE = Path(__file__).with_name("native.cpp")
+SOURCES = [Path(__file__).with_name(name) for name in ("native.cpp", "native_muon.cpp")]
+HEADER = Path(__file__).with_name("native_products.h")
 FLAGS = {
     "AVX512": ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma"),
     "AVX2": ("-mavx2", "-mfma", "-mf16c"),
@@ -25,10 +26,11 @@ FLAGS = {
 def missing() -> str:
     """Load the operator, compiling it the first time: "", or one clause why it cannot be.
 
-    It registers `experts`, `experts_backward` and `few_rows` in `torch.ops.trinity_native`:
-    routed experts, and a matrix times the few rows of a decoding step. The compiled library
+    It registers `experts`, `experts_backward`, `few_rows` and `muon` in
+    `torch.ops.trinity_native`: routed experts, a matrix times the few rows of a decoding
+    step, and an optimiser's step for all experts of a layer. The compiled library
     is kept where torch keeps its extensions (TORCH_EXTENSIONS_DIR), named by the hash of
-    the source, torch and CPU. TRINITY_NATIVE=0 in the environment leaves it out.
+    the sources, torch and CPU. TRINITY_NATIVE=0 in the environment leaves it out.
     """
     if os.environ.get("TRINITY_NATIVE") == "0":
         return "TRINITY_NATIVE is 0"
@@ -37,7 +39,8 @@ def missing() -> str:
     capability = torch.backends.cpu.get_cpu_capability()
     flags = (*FLAGS.get(capability, ()), f"-DCPU_CAPABILITY={capability}")
     flags = ("-O3", "-fopenmp", *flags, f"-DCPU_CAPABILITY_{capability}")
-    identity = "\n".join((SOURCE.read_text(), torch.__version__, sys.platform, *flags))
+    sources = [path.read_text() for path in (*SOURCES, HEADER)]
+    identity = "\n".join((*sources, torch.__version__, sys.platform, *flags))
     digest = hashlib.sha256(identity.encode()).hexdigest()[:16]
     folder = os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root()
     library = Path(folder) / f"trinity_native_{digest}.so"
@@ -71,7 +74,7 @@ def _compile(library: Path, flags: tuple[str, ...]) -> None:
         try:
             cpp_extension.load(
                 library.stem,
-                [str(SOURCE)],
+                [str(path) for path in SOURCES],
                 extra_cflags=list(flags),
                 extra_ldflags=["-fopenmp"],
                 build_directory=folder,
