@@ -54,6 +54,7 @@ def case(T: int, E: int, K: int, D: int, hidden: int, dtype: torch.dtype, chosen
     [
         (0, 6, 2, 16, 8, torch.float32, "spread"),
         (900, 3, 2, 24, 70, torch.float32, "few"),
+        (90, 4, 2, 300, 45, torch.float32, "spread"),
         (17, 6, 2, 16, 8, torch.float32, "spread"),
         (17, 6, 2, 16, 8, torch.float32, "few"),
         (1, 5, 5, 16, 8, torch.float32, "spread"),

@@ -223,7 +223,7 @@ def test_tables_and_reading(done: xr.DataTree) -> None:
 def test_a_run_that_diverges_has_an_outcome(tmp_path: Path, cache: Path) -> None:
     config = override(
         grid.base(StudyConfig(**{**SMALL, "steps": 30})),
-        {"spike": 1e-6, "optim.adamw_rate": 1.0},
+        {"spike": 1e-6, "optim.adamw_rate": 10.0},
     )  # type: ignore[arg-type]
     given = trial.run("wild", config, tmp_path, cache)
     with xr.open_dataset(tmp_path / "wild.nc", engine="h5netcdf") as found:

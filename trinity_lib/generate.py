@@ -9,6 +9,8 @@ from torch import Tensor
 from trinity_lib.config import require
 from trinity_lib.model import Cache, Trinity
 
+UNCHECKED = {"size_asserts": False, "alignment_asserts": False}
+"""Of inductor: hundreds of checks of shapes, which cannot change, took a twelfth of a step."""
 ROOM = 256
 """Compiled decoding rounds a cache's positions up to a multiple, to be compiled less often."""
 
@@ -124,7 +126,7 @@ def compiled_decode() -> Callable[[Trinity, Tensor, Cache], Tensor]:
     Their properties are checked by the first call alone: for a small model the checks take
     a fifth of a step.
     """
-    whole = torch.compile(decode, fullgraph=True, dynamic=False)
+    whole = torch.compile(decode, fullgraph=True, dynamic=False, options=UNCHECKED)
     checked = False
 
     def step(model: Trinity, token_B: Tensor, cache: Cache) -> Tensor:
