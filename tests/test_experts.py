@@ -122,6 +122,7 @@ def test_what_computes_is_reported() -> None:
     assert info["backend"] == "native" and info["native"] == "compiled"
     assert info["megablocks_megablocks"] == "0.10.0"
     assert "TRITON_INTERPRET=1" in info["megablocks"]
+    assert info["dense_products"].startswith("oneDNN")
     assert backend_info("torch")["backend"] == "torch"
     printed = subprocess.run(
         [sys.executable, "-m", "trinity_lib.experts"],

@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.library import opcheck
 
 from trinity_lib import native
 from trinity_lib.muon import NEWTON_SCHULZ, Muon, orthogonalise
@@ -292,6 +293,16 @@ def test_the_operator_takes_the_same_steps(
     expected = moved(random(*shape, seed=9), grads, **how)
     assert len(calls) == 4
     torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.skipif(bool(native.missing()), reason="there is no C++ compiler")
+def test_the_operator_is_sound() -> None:
+    """What it says of what it changes, its fake and its registration."""
+    tensors = [random(3, 8, 12, seed=s) for s in range(3)]
+    settings = (0.95, 0.1, 0.0, 5, True, NEWTON_SCHULZ)
+    opcheck(torch.ops.trinity_native.muon.default, (*tensors, *settings))
+    with pytest.raises(RuntimeError, match="one shape"):
+        torch.ops.trinity_native.muon(tensors[0], tensors[1][:2], tensors[2], *settings)
 
 
 @pytest.mark.skipif(bool(native.missing()), reason="there is no C++ compiler")

@@ -65,3 +65,11 @@ def test_only_gradients_that_are_needed_are_computed(monkeypatch: pytest.MonkeyP
     )
     y.sum().backward()
     assert len(calls) == 1 and matrix.grad is not None
+
+
+def test_what_computes_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert onednn.what("cpu", torch.float32).startswith("oneDNN")
+    assert onednn.what("cuda", torch.bfloat16) == "torch's choice"
+    monkeypatch.setattr(onednn, "AVAILABLE", False)
+    assert "does not offer" in onednn.what("cpu", torch.float32)
+    assert not onednn.takes(normal(128, 256), normal(128, 256))

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from trinity_lib import _megablocks, dropless, exchange, native
+from trinity_lib import _megablocks, dropless, exchange, native, onednn
 from trinity_lib.config import Missing, require
 from trinity_lib.dropless import weigh
 from trinity_lib.exchange import Exchange
@@ -172,6 +172,7 @@ def backend_info(
         "grouped_gemm": "torch.nn.functional.grouped_mm; a loop over experts in float64, in "
         "fp32 on CUDA, and where widths are not multiples of 16 bytes",
         "native": missing or "compiled",
+        "dense_products": onednn.what(device, dtype),
         "megablocks": _megablocks.unavailable(device, dtype) or "available",
         **{f"megablocks_{key}": value for key, value in _megablocks.info().items()},
     }

@@ -9,7 +9,7 @@ from torch import Tensor
 from trinity_lib.config import require
 from trinity_lib.model import Cache, Trinity
 
-UNCHECKED = {"size_asserts": False, "alignment_asserts": False}
+UNCHECKED: dict[str, Any] = {"size_asserts": False, "alignment_asserts": False}
 """Of inductor: hundreds of checks of shapes, which cannot change, took a twelfth of a step."""
 ROOM = 256
 """Compiled decoding rounds a cache's positions up to a multiple, to be compiled less often."""

@@ -13,7 +13,10 @@ from torch import Tensor
 
 LEAST = 2**22
 """Multiplications from which the call, about 10 us, is worth it."""
-AVAILABLE = torch.backends.mkldnn.is_available()
+AVAILABLE = torch.backends.mkldnn.is_available() and hasattr(
+    torch.ops.mkldnn, "_linear_pointwise"
+)
+"""Whether this torch was built with oneDNN, and offers the operator (its own, not public)."""
 
 
 def linear(x: Tensor, matrix_NK: Tensor) -> Tensor:
@@ -22,6 +25,15 @@ def linear(x: Tensor, matrix_NK: Tensor) -> Tensor:
         return F.linear(x, matrix_NK)
     y = torch.ops.trinity.product(x.reshape(-1, x.shape[-1]), matrix_NK)
     return y.view(*x.shape[:-1], len(matrix_NK))
+
+
+def what(device: str, dtype: torch.dtype) -> str:
+    """Which library computes dense products of a device and dtype, for the run file."""
+    if device != "cpu" or dtype != torch.float32:
+        return "torch's choice"
+    if not AVAILABLE:
+        return "torch's BLAS: this torch does not offer oneDNN's fp32 products"
+    return "oneDNN where they are large, torch's BLAS elsewhere"
 
 
 def takes(x: Tensor, matrix_NK: Tensor) -> bool:
