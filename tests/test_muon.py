@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.library import opcheck
 
-from trinity_lib import native
+from trinity_lib import native, onednn
 from trinity_lib.muon import NEWTON_SCHULZ, Muon, orthogonalise
 
 
@@ -308,8 +308,45 @@ def test_the_operator_is_sound() -> None:
 @pytest.mark.skipif(bool(native.missing()), reason="there is no C++ compiler")
 def test_the_operators_bits_do_not_depend_on_threads() -> None:
     results, before = [], torch.get_num_threads()
-    for threads in (1, 2, 3):
-        torch.set_num_threads(threads)
-        results.append(moved(random(7, 24, 40), [random(7, 24, 40, seed=s) for s in (1, 2)]))
-    torch.set_num_threads(before)
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            grads = [random(7, 24, 40, seed=s) for s in (1, 2)]
+            results.append(moved(random(7, 24, 40), grads))
+    finally:
+        torch.set_num_threads(before)
     assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+
+
+@pytest.mark.parametrize("operator", [True, False])
+def test_a_gradient_that_is_no_number_is_not_hidden(operator: bool) -> None:
+    grad = random(3, 8, 4)
+    grad[1, 2, 3] = float("nan")
+    p = torch.nn.Parameter(random(3, 8, 4, seed=1))
+    muon, p.grad = Muon([p], 0.1, native=operator), grad
+    muon.step()
+    assert p.detach()[1].isnan().all() and p.detach()[[0, 2]].isfinite().all()
+    assert muon.state[p]["momentum"][1, 2, 3].isnan()
+
+
+@pytest.mark.parametrize("operator", [True, False])
+def test_a_backward_through_weights_that_moved_is_refused(operator: bool) -> None:
+    p = torch.nn.Parameter(random(3, 8, 4))
+    x = random(3, 8, 4, seed=1).requires_grad_()
+    y = (p * x).sum()
+    p.grad = random(3, 8, 4, seed=2)
+    Muon([p], 0.1, native=operator).step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.backward()
+
+
+def test_large_matrices_are_multiplied_through_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    real = torch.ops.trinity.product
+    monkeypatch.setattr(
+        torch.ops.trinity, "product", lambda *pair: calls.append(len(pair[0])) or real(*pair)
+    )
+    found = orthogonalise(random(176, 192))
+    assert calls == [176] * 15
+    monkeypatch.setattr(onednn, "AVAILABLE", False)
+    torch.testing.assert_close(found, orthogonalise(random(176, 192)), atol=1e-5, rtol=1e-4)

@@ -1,5 +1,8 @@
 """Products through oneDNN against torch's own, with their gradients."""
 
+import dataclasses
+import warnings
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -8,6 +11,9 @@ from torch import Tensor, nn
 from torch.library import opcheck
 
 from trinity_lib import onednn
+from trinity_lib.attention import AttentionConfig
+from trinity_lib.model import ModelConfig, Trinity
+from trinity_lib.routing import RouterConfig
 
 pytestmark = pytest.mark.skipif(not onednn.AVAILABLE, reason="torch was built without oneDNN")
 
@@ -73,3 +79,49 @@ def test_what_computes_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(onednn, "AVAILABLE", False)
     assert "does not offer" in onednn.what("cpu", torch.float32)
     assert not onednn.takes(normal(128, 256), normal(128, 256))
+
+
+def test_it_can_be_switched_off_and_torch_speaks_of_bad_shapes() -> None:
+    x, matrix = normal(256, 256), normal(256, 256)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's own: this is no Intel GPU
+        with torch.backends.mkldnn.flags(enabled=False):
+            assert not onednn.takes(x, matrix)
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        onednn.linear(x, matrix[:, 1:])
+    assert onednn.linear(normal(512, 16384), normal(16384)).shape == (512,)
+
+
+def test_only_what_gradients_need_is_kept() -> None:
+    kept = []
+    hooks = torch.autograd.graph.saved_tensors_hooks(
+        lambda t: kept.append(t.numel()) or t, lambda t: t
+    )
+    x, matrix = normal(512, 256), normal(128, 256)
+    with hooks:
+        onednn.linear(x.clone().requires_grad_(), matrix)
+        assert kept == [matrix.numel()]
+        onednn.linear(x, matrix.clone().requires_grad_())
+    assert kept == [matrix.numel(), x.numel()]
+
+
+def test_a_models_large_products_go_through_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Projections, router, dense layer and head, tied or not; the lens says the same."""
+    config = ModelConfig(
+        vocab_size=300, width=64, num_layers=2, num_dense_layers=1, dense_width=160,
+        expert_width=16, router=RouterConfig(num_experts=80, top_k=2),
+        attention=AttentionConfig(num_heads=4, num_kv_heads=4, head_dim=16, window=8),
+    )  # fmt: skip
+    rows, real = [], torch.ops.trinity.product
+    monkeypatch.setattr(
+        torch.ops.trinity, "product", lambda *pair: rows.append(len(pair[1])) or real(*pair)
+    )
+    monkeypatch.setattr(onednn, "LEAST", 2**17)
+    for tied in (False, True):
+        model = Trinity(dataclasses.replace(config, tied=tied))
+        model.initialise(torch.Generator().manual_seed(0))
+        rows.clear()
+        model(torch.arange(64).view(2, 32)).logits.sum().backward()
+        forward = [64] * 5 + [160, 160, 64] + [64] * 5 + [80] + [300]
+        assert rows[: len(forward)] == forward
+        assert len(rows) == 3 * len(forward)

@@ -17,7 +17,7 @@ import xarray as xr
 
 import trinity_lib.train
 from tests.test_train import same
-from trinity_lib import checkpoint, disk, experts, resume
+from trinity_lib import checkpoint, disk, experts, onednn, preflight, resume
 from trinity_lib.config import BadValue, Missing, Taken, from_json, override, to_json
 from trinity_lib.record import Claim, open_run
 from trinity_lib.run import RunConfig
@@ -453,8 +453,21 @@ def test_another_backend_is_refused(
     named = dataclasses.replace(config, name="cut", dtype="float32")
     cut(named, tmp_path, cache, 4, monkeypatch)
     monkeypatch.setattr(experts, "_native", lambda: "no compiler")
-    with pytest.raises(BadValue, match="native computed its experts, and here torch would"):
+    with pytest.raises(BadValue, match="its experts was 'native', and here it is 'torch'"):
         train(named, runs=tmp_path, cache=cache, resumes=True)
+
+
+def test_another_library_is_refused_and_a_new_run_is_warned(
+    config: RunConfig, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    named = dataclasses.replace(config, name="cut", dtype="float32")
+    assert not preflight.fallback(named)
+    cut(named, tmp_path, cache, 4, monkeypatch)
+    monkeypatch.setattr(onednn, "AVAILABLE", False)
+    with pytest.raises(BadValue, match="its dense products was 'oneDNN .* it is 'torch's BLAS"):
+        train(named, runs=tmp_path, cache=cache, resumes=True)
+    (said,) = preflight.fallback(named)
+    assert said.startswith("Large products take longer") and "does not offer oneDNN" in said
 
 
 def test_two_writers_never_share_a_run(config: RunConfig, tmp_path: Path, cache: Path) -> None:

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.fsdp2_mem_tracker import FSDPMemTracker
 
-from trinity_lib import footprint, operators, recipes, trace
+from trinity_lib import footprint, native, operators, recipes, trace
 from trinity_lib.config import BadValue, override
 from trinity_lib.ledger import Collective, Ledger
 from trinity_lib.mesh import ParallelConfig
@@ -90,6 +90,14 @@ def test_operations_are_counted_by_torch_formulas() -> None:
     for name in ("experts", "products"):
         assert flops["backward", name] == 2 * flops["forward", name]
     assert flops["step", "products"] > 0
+
+
+def test_the_optimisers_products_are_those_of_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether or not this machine, which only pretends, has the C++ operator for Muon."""
+    config = tiny(ParallelConfig(shard=2))
+    here = traced(config).flops["step", "products"]
+    monkeypatch.setattr(native, "missing", lambda: "it is left out")
+    assert here == traced(config).flops["step", "products"] > 0
 
 
 @pytest.mark.parametrize("method", ["smebu", "hash", "quantile", "global", "expert_choice"])

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple, final
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
+from trinity_lib import onednn
 from trinity_lib.config import BadValue, require
 from trinity_lib.generate import generate
 from trinity_lib.model import Trinity
@@ -210,7 +210,7 @@ class Asked(_Asked):
 
     def _head(self, states_ND: Tensor) -> Tensor:
         if self.model.head is None:
-            return F.linear(states_ND, self.model.embedding.weight)
+            return onednn.linear(states_ND, self.model.embedding.weight)
         return self.model.head(states_ND)
 
     def _greedy(self, tokens_BS: Tensor, count: int, stop: list[int]) -> Tensor:

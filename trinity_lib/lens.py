@@ -12,9 +12,8 @@ import numpy as np
 import torch
 import xarray as xr
 from torch import Tensor
-from torch.nn import functional as F
 
-from trinity_lib import hidden, intervals, stage_schema
+from trinity_lib import hidden, intervals, onednn, stage_schema
 from trinity_lib.config import require
 from trinity_lib.data import IGNORE, Batch
 from trinity_lib.hidden import Place
@@ -137,7 +136,7 @@ def _said(model: Trinity, state_ND: Tensor) -> Tensor:
     """Log-probabilities [N, V] of a hidden state, float64."""
     weight = model.embedding.weight
     normed_ND = model.norm(state_ND.to(weight))
-    head = F.linear(normed_ND, weight) if model.head is None else model.head(normed_ND)
+    head = onednn.linear(normed_ND, weight) if model.head is None else model.head(normed_ND)
     return head.double().log_softmax(-1)
 
 

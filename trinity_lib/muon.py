@@ -39,6 +39,8 @@ class Muon(torch.optim.Optimizer):
     sqrt(max(1, fan_out/fan_in)) (technical report, section 3.3). A group's `transposed`
     says its matrices are stored [.., fan_in, fan_out] (the experts' down projection).
     Where a parameter is this rank's rows of a matrix, `owners` makes it whole for a moment.
+    `native`: whether batches in fp32 on the CPU may go through the C++ operator, whose
+    results are the same to rounding.
     """
 
     def __init__(
@@ -51,8 +53,9 @@ class Muon(torch.optim.Optimizer):
         weight_decay: float = 0.0,
         idle_experts: str = "rest",
         owners: Owners | None = None,
+        native: bool = True,
     ) -> None:
-        self.owners = owners
+        self.owners, self.native = owners, native
         defaults = {
             "lr": lr,
             "momentum": momentum,
@@ -78,7 +81,7 @@ class Muon(torch.optim.Optimizer):
                 if self.owners is not None and p.dim() == 2:
                     split.append(p)
                     continue
-                if _native_takes(p):
+                if self.native and _native_takes(p):
                     self._step_natively(p, group)
                     continue
                 ahead, moved = self._averaged(p, group)
@@ -89,11 +92,11 @@ class Muon(torch.optim.Optimizer):
 
     def _step_natively(self, p: Tensor, group: dict[str, Any]) -> None:
         """The same for a batch of matrices, one per thread in a C++ operator."""
-        lr = group["lr"]
+        lr, momentum = group["lr"], self._momentum(p)
         torch.ops.trinity_native.muon(
             p,
             p.grad,
-            self._momentum(p),
+            momentum,
             group["momentum"],
             lr * _shape_factor(p.shape, group),
             lr * group["weight_decay"],
@@ -101,6 +104,8 @@ class Muon(torch.optim.Optimizer):
             group["idle_experts"] == "rest",
             NEWTON_SCHULZ,
         )
+        # Else a backward through values that are gone would go unnoticed.
+        torch.autograd.graph.increment_version((p, momentum))
 
     def _step_together(
         self, split: Sequence[Tensor], group: dict[str, Any], owners: Owners
@@ -133,8 +138,10 @@ class Muon(torch.optim.Optimizer):
 
 
 def _native_takes(p: Tensor) -> bool:
-    fits = p.dim() == 3 and p.device.type == "cpu" and p.dtype == torch.float32
-    return fits and p.is_contiguous() and not native.missing()
+    # A rehearsal's tensors are on the CPU and say otherwise: `guise`.
+    here = p.device.type == "cpu" and not p.is_cuda
+    fits = here and p.dim() == 3 and p.dtype == torch.float32 and p.is_contiguous()
+    return fits and not native.missing()
 
 
 def _apply(
@@ -161,7 +168,7 @@ def _matrices_with_gradient(grad: Tensor | None, idle_experts: str) -> Tensor | 
     """Which of a batch of matrices have any gradient, [E, 1, 1]; None where all move."""
     if grad is None or grad.dim() == 2 or idle_experts == "move":
         return None
-    return grad.abs().amax((-2, -1), keepdim=True) > 0
+    return (grad != 0).any(-1, keepdim=True).any(-2, keepdim=True)
 
 
 def orthogonalise(matrices: Tensor, steps: int = 5) -> Tensor:

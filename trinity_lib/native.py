@@ -1,4 +1,4 @@
-"""The experts' C++ operator for the CPU, compiled once, where a compiler is at hand."""
+"""C++ operators for the CPU, compiled once, where a compiler is at hand."""
 
 import functools
 import hashlib
@@ -24,7 +24,7 @@ FLAGS = {
 
 @functools.cache
 def missing() -> str:
-    """Load the operator, compiling it the first time: "", or one clause why it cannot be.
+    """Load the operators, compiling them the first time: "", or one clause why not.
 
     It registers `experts`, `experts_backward`, `few_rows` and `muon` in
     `torch.ops.trinity_native`: routed experts, a matrix times the few rows of a decoding
@@ -66,7 +66,7 @@ def _compile(library: Path, flags: tuple[str, ...]) -> None:
 
     if shutil.which(cpp_extension.get_cxx_compiler()) is None:
         raise OSError(f"no C++ compiler: {cpp_extension.get_cxx_compiler()} is not there")
-    print("compiling the experts' C++ operator (once, about 10 s)", file=sys.stderr)
+    print("compiling the C++ operators (once, about half a minute)", file=sys.stderr)
     library.parent.mkdir(parents=True, exist_ok=True)
     path = os.environ.get("PATH", "")
     with tempfile.TemporaryDirectory(dir=library.parent) as folder:

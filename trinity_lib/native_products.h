@@ -18,7 +18,7 @@ using Vec = at::vec::Vectorized<float>;
 constexpr int64_t kLane = Vec::size();
 constexpr int64_t kWide = 2 * kLane;  // columns of a panel and of a tile
 constexpr int kTall = kLane == 16 ? 12 : 6;  // rows of a tile: what the registers hold
-constexpr int64_t kDeep = 256;  // rows of a panel, which stays in the first cache
+constexpr int64_t kDeep = 128;  // rows of a panel: 16 KB at most, for any first cache
 
 inline float total(const Vec& lanes) {
   return at::vec::vec_reduce_all<float>([](Vec& a, Vec& b) { return a + b; }, lanes);
@@ -102,6 +102,7 @@ inline void pack(const Matrix& b, int64_t row, int64_t column, int64_t depth, in
 // c [m, n] = a [m, k] times b [k, n], added to what is there if asked.
 inline void product(float* c, const Matrix& a, const Matrix& b, int64_t m, int64_t n, int64_t k, bool add = false) {
   alignas(64) float panel[kDeep * kWide];
+  if (k == 0 && !add) std::fill_n(c, m * n, 0.0f);
   const int64_t down = a.transposed ? 1 : a.stride, right = a.transposed ? a.stride : 1;
   for (int64_t p = 0; p < k; p += kDeep) {
     const int64_t depth = std::min(kDeep, k - p);

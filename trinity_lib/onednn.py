@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 LEAST = 2**22
-"""Multiplications from which the call, about 10 us, is worth it."""
+"""Multiplications from which it is worth the call's 10 to 20 us."""
 AVAILABLE = torch.backends.mkldnn.is_available() and hasattr(
     torch.ops.mkldnn, "_linear_pointwise"
 )
@@ -20,7 +20,10 @@ AVAILABLE = torch.backends.mkldnn.is_available() and hasattr(
 
 
 def linear(x: Tensor, matrix_NK: Tensor) -> Tensor:
-    """`F.linear`, through oneDNN where the product is large, fp32, and on the CPU."""
+    """`F.linear`, through oneDNN where the product is large, fp32, and on the CPU.
+
+    Derivatives are autograd's alone there: torch.func's transforms do not pass.
+    """
     if not takes(x, matrix_NK):
         return F.linear(x, matrix_NK)
     y = torch.ops.trinity.product(x.reshape(-1, x.shape[-1]), matrix_NK)
@@ -37,11 +40,20 @@ def what(device: str, dtype: torch.dtype) -> str:
 
 
 def takes(x: Tensor, matrix_NK: Tensor) -> bool:
-    """Whether `linear` goes through oneDNN; it never does under autocast."""
-    if not AVAILABLE or x.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
+    """Whether `linear` goes through oneDNN.
+
+    Never under autocast, nor within `torch.backends.mkldnn.flags(enabled=False)`.
+    """
+    if x.device.type != "cpu" or torch.is_autocast_enabled("cpu") or not _enabled():
         return False
     plain = x.dtype == matrix_NK.dtype == torch.float32
-    return plain and x.numel() * len(matrix_NK) >= LEAST
+    fits = matrix_NK.dim() == 2 and x.shape[-1] == matrix_NK.shape[1]
+    return plain and fits and x.numel() * len(matrix_NK) >= LEAST
+
+
+@torch.compiler.assume_constant_result
+def _enabled() -> bool:
+    return AVAILABLE and bool(torch.backends.mkldnn.enabled)
 
 
 torch.library.define("trinity::product", "(Tensor a_MK, Tensor b_NK) -> Tensor")
@@ -62,7 +74,10 @@ def _shape(a_MK: Tensor, b_NK: Tensor) -> Tensor:
 
 
 def _save(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
+    a_MK, b_NK = inputs
+    of_a, of_b = ctx.needs_input_grad[:2]
+    ctx.save_for_backward(a_MK if of_b else None, b_NK if of_a else None)
+    ctx.narrow = len(b_NK) <= a_MK.shape[1]
 
 
 def _gradient(ctx: Any, d_MN: Tensor) -> tuple[Tensor | None, Tensor | None]:
@@ -71,8 +86,8 @@ def _gradient(ctx: Any, d_MN: Tensor) -> tuple[Tensor | None, Tensor | None]:
     if ctx.needs_input_grad[0]:
         da = product(d_MN, b_NK.t())
     if ctx.needs_input_grad[1]:  # a transposed first argument is copied: the smaller one
-        narrow = len(b_NK) <= a_MK.shape[1]
-        db = product(d_MN.t(), a_MK.t()) if narrow else product(a_MK.t(), d_MN.t()).t()
+        d_NM, a_KM = d_MN.t(), a_MK.t()
+        db = product(d_NM, a_KM) if ctx.narrow else product(a_KM, d_NM).t()
     return da, db
 
 

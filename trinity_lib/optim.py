@@ -137,7 +137,8 @@ def build(
     Muon: matrices of attention, dense, shared and routed experts. AdamW: embedding, head,
     router and gains (the report says so for the first two and nothing of the others).
     `weights` are what is updated, by name, where it is not the parameters themselves but
-    this rank's rows of them; then `owners` are needed too.
+    this rank's rows of them; then `owners` are needed too. Muon uses the C++ operator where
+    the experts may.
     """
     names = {id(p): name for name, p in model.named_parameters()}
     matrices, transposed, rest = split(model)
@@ -160,6 +161,11 @@ def build(
                 weight_decay=config.weight_decay,
                 idle_experts=config.idle_experts,
                 owners=owners,
+                native=all(
+                    module.backend in ("auto", "native")
+                    for module in model.modules()
+                    if isinstance(module, Experts)
+                ),
             )
         )
     else:

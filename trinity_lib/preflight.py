@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from trinity_lib import checkpoint, disk, hub, optim, tokenizer
+from trinity_lib import checkpoint, disk, hub, onednn, optim, tokenizer
 from trinity_lib.config import BadValue, differences
 from trinity_lib.experts import backend_info
 from trinity_lib.model import Trinity, count_parameters
@@ -50,24 +50,32 @@ def require_same_text(folder: Path, facts: dict[str, str]) -> None:
 
 
 def fallback(config: RunConfig) -> list[str]:
-    """A sentence where `auto` would have computed the experts with a faster backend."""
+    """Sentences where a faster backend or library was to be had, but is not there."""
     dtype = products_dtype(config)
     info = backend_info(config.experts, config.device, dtype)
+    said = []
+    if config.device == "cpu" and dtype == torch.float32 and not onednn.AVAILABLE:
+        said.append(f"Large products take longer than they might: {info['dense_products']}.")
     wanted = "megablocks" if config.device == "cuda" else "native"
     if config.experts != "auto" or info["backend"] == wanted or dtype == torch.float64:
-        return []
-    return [f"{info['backend']} computes the experts, not {wanted}: {info[wanted]}."]
+        return said
+    return [*said, f"{info['backend']} computes the experts, not {wanted}: {info[wanted]}."]
 
 
 def require_same_backend(folder: Path, config: RunConfig) -> None:
-    """BadValue where a resumed run's experts would be computed by another backend."""
-    old = json.loads(read_attributes(folder)["experts_backend"])["backend"]
-    now = backend_info(config.experts, config.device, products_dtype(config))["backend"]
-    if old != now:
-        raise BadValue(
-            f"The run {folder.name!r} cannot be resumed to the bit: {old} computed its "
-            f"experts, and here {now} would; `python -m trinity_lib.experts` says why."
-        )
+    """BadValue where a resumed run would be computed by another backend or library."""
+    old = json.loads(read_attributes(folder)["experts_backend"])
+    now = backend_info(config.experts, config.device, products_dtype(config))
+    computes = {"backend": "experts", "dense_products": "dense products"}
+    if config.device == "cpu":
+        computes["native"] = "C++ operators"
+    for key, what in computes.items():
+        if old.get(key) != now[key]:
+            raise BadValue(
+                f"The run {folder.name!r} cannot be resumed to the bit: what computed its "
+                f"{what} was '{old.get(key)}', and here it is '{now[key]}'; "
+                "`python -m trinity_lib.experts` says why."
+            )
 
 
 def require_memory(config: RunConfig) -> None:
