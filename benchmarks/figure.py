@@ -2,7 +2,7 @@
 
     python benchmarks/figure.py
 
-Trains the two runs where `runs/figure-*.nc` do not exist (about five minutes each on one
+Trains the two runs where `runs/figure-*.nc` do not exist (about a minute each on one
 core) and draws `runs/reference/collapse.png` from the run files.
 """
 

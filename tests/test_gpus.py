@@ -55,16 +55,29 @@ def test_newer_kinds_have_more() -> None:
 @pytest.mark.parametrize(
     ("asked", "name"),
     [("B300", "B300"), ("b300", "B300"), ("rtx4090", "RTX 4090"), ("a100", "A100 80GB"),
-     ("H100-SXM", "H100 SXM"), ("l40s", "L40S")],
+     ("H100-SXM", "H100 SXM"), ("h100", "H100 SXM"), ("l40s", "L40S"), ("RTX_4090", "RTX 4090"),
+     ("A100 (80 GB)", "A100 80GB"), (" H200 ", "H200")],
 )  # fmt: skip
 def test_kinds_are_found(asked: str, name: str) -> None:
     assert gpus.find(asked).name == name
 
 
-@pytest.mark.parametrize("asked", ["", "H", "B", "TPU v5p", "B3000"])
+@pytest.mark.parametrize(
+    "asked",
+    ["", "-", "H", "B", "TPU v5p", "B3000", "H20", "L4", "L40", "A10", "A100 40GB", "A100 8",
+     "H100 NVL", "H100 PCIe", "GH200", "RTX", "RTX 409"],
+)  # fmt: skip
 def test_other_names_are_refused(asked: str) -> None:
-    with pytest.raises(BadValue, match=f"gpu is '{asked}'; it must be one of A100 80GB, H100"):
+    """Among them real GPUs that begin, or are begun, like a kind that is here."""
+    with pytest.raises(BadValue) as error:
         gpus.find(asked)
+    names = "A100 80GB, H100 SXM, H200, B200, B300, RTX 4090, L40S"
+    assert str(error.value) == f"gpu is {asked!r}; it must be one of {names}."
+
+
+@pytest.mark.parametrize("kind", KINDS.values(), ids=lambda kind: kind.name)
+def test_a_name_and_its_short_form_are_one_kinds(kind: GPU) -> None:
+    assert gpus.find(kind.name) == gpus.find(gpus._short(kind)) == kind
 
 
 def test_a_kind_has_something_of_everything() -> None:

@@ -52,3 +52,11 @@ def test_the_table_has_a_row_a_domain() -> None:
     assert list(table.index) == ["code", "prose"]
     gain = table["unigram entropy, nat/token"] - table["loss, nat/token"]
     assert (table["gain, nat/token"] == gain).all()
+
+
+def test_a_balancer_without_a_step_size_is_called_without_one() -> None:
+    assert metrics.balancer("none", 0.01) == "none"
+    assert metrics.balancer("hash", 0.01) == "hash"
+    assert metrics.balancer("smebu", 0.01) == "SMEBU at 0.01"
+    assert "Balance (none)." in metrics.reading(synthetic.run(method="none"))
+    assert "Balance (sign at " in metrics.reading(synthetic.run(method="sign"))

@@ -69,9 +69,20 @@ def test_parameters_come_as_papermill_sends_them() -> None:
     [
         ({"scale": "larg"}, "scale is 'larg'; it must be one of toy, small"),
         ({"gpu": "TPU"}, "gpu is 'TPU'; it must be one of A100 80GB"),
+        ({"gpu": "H20"}, "gpu is 'H20'; it must be one of A100 80GB"),
         ({"gpu": 3}, "gpu is 3; it must be text"),
         ({"gpus": 0}, "gpus is 0; it must be at least 1"),
-        ({"gpus": 2000}, "shard is 128; it must be a divisor of gpus (2000)"),
+        ({"gpus": -4}, "gpus is -4; it must be at least 1"),
+        ({"gpus": 2**20 + 1}, "gpus is 1048577; it must be at least 1, at most 1,048,576"),
+        (
+            {"gpus": 7},
+            "gpus is 7; it must be a multiple of shard (128), or shard a divisor of it",
+        ),
+        ({"gpus": 2000, "shard": 64}, "shard is 64; it must be a divisor of gpus (2000)"),
+        (
+            {"gpus": 7, "shard": 7},
+            "shard is 7; it must be a multiple of expert_parallel (8), or expert_parallel a",
+        ),
         ({"expert_parallel": 3}, "expert_parallel is 3; it must be a divisor of shard (128)"),
         ({"expert_parallel": 0}, "expert_parallel is 0; it must be a divisor of shard (128)"),
         ({"shard": 0}, "shard is 0; it must be a divisor of gpus (2048)"),

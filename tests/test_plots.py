@@ -3,11 +3,13 @@
 from io import BytesIO
 
 import matplotlib.pyplot as plt
+import numpy as np
 import pytest
+import xarray as xr
 from matplotlib.figure import Figure
 
 from tests import synthetic
-from trinity_lib import plots
+from trinity_lib import plan_report, plots, plots_rehearsal
 
 FIGURES = {
     plots.loss: (2, "nat per token"),
@@ -87,3 +89,36 @@ def test_runs_are_compared_by_layer() -> None:
     assert [t.get_text() for t in figure.axes[0].get_legend().get_texts()] == ["a", "b"]
     heights = sorted({round(p.get_height(), 3) for p in figure.axes[0].patches})
     assert heights[-1] == 50
+
+
+def test_a_rehearsal_s_figures_say_what_is_missing_in_sentences() -> None:
+    run = synthetic.run()
+    run.attrs |= {"status": "rehearsed", "reason": "REHEARSED, NOT TRAINED: it needs 2 GPUs."}
+    said = plots.losses(run).texts[0].get_text()
+    assert said == "REHEARSED, NOT TRAINED: no bits per byte. It needs 2 GPUs."
+
+
+def test_a_rehearsal_calls_parts_of_memory_as_a_plan_does() -> None:
+    assert plots_rehearsal.PARTS == plan_report.PARTS
+    shape, parts = ("moment", "part"), ["weights", "kept", "of its own"]
+    held = {name: (shape, np.ones((1, 3))) for name in ("planned", "traced")}
+    about = {
+        "status": "rehearsed",
+        "bytes_usable": 9e9,
+        "gpu": "H100",
+        "ranks": 2,
+        "scale": "x",
+    }
+    table = xr.Dataset(held, {"part": parts, "moment": ["step"]})
+    run = xr.DataTree.from_dict({"/": xr.Dataset(attrs=about), "/rehearsed_memory": table})
+    legend = plots.loss(run).axes[0].get_legend()
+    named = [text.get_text() for text in legend.get_texts()]
+    assert named[:3] == ["fp32 weights", "activations kept", "of its own"]
+
+
+def test_titles_say_a_step_size_only_where_there_is_one() -> None:
+    title = plots.max_vio(synthetic.run(method="none", dead=4)).axes[0].get_title()
+    assert "(balance: none)" in title
+    assert (
+        "(balance: sign at " in plots.max_vio(synthetic.run(method="sign")).axes[0].get_title()
+    )

@@ -381,3 +381,28 @@ def test_reading_a_run_needs_no_torch() -> None:
         "assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_share_s_interval_ends_at_0_and_1_and_the_title_says_so() -> None:
+    """Student's interval over two chains, of 0 and 1, would reach far beyond both."""
+    run = staged.run(seeds=(0, 1))
+    found = run["findings"]
+    for family in ("few-shot", "recall", "instruction", "memorisation"):
+        own = found["family"].values == family
+        found["estimate"][own] = (found["model_seed"].values[own] == 1).astype(float)
+    for plot, number in ((plots_audit.behaviour, 5), (plots_audit.memorisation, 3)):
+        figure = plot(run)
+        assert "of shares, cut at 0 and 1" in figure.get_suptitle()
+        axis = figure.axes[number]
+        upright = [
+            line.get_ydata()
+            for line in axis.lines
+            if len(set(line.get_xdata())) == 1 and line.get_linestyle() == "-"
+        ]
+        ends = np.array([ends for ends in upright if len(ends) == 2])
+        assert len(ends) and ends.min() == 0 and ends.max() == 1
+        assert {y for own in points(axis).values() for _, y in own} == {0.5}
+        assert -0.1 < axis.get_ylim()[0] < 0 and 1 < axis.get_ylim()[1] < 1.1
+    for plot in (plots_audit.behaviour, plots_audit.recall):
+        bands = [band.get_paths()[0].vertices[:, 1] for band in plot(run).axes[0].collections]
+        assert bands and np.min(bands) == 0 and np.max(bands) == 1

@@ -136,3 +136,11 @@ def test_an_incomplete_run_says_so() -> None:
 def test_no_torch_is_imported() -> None:
     code = "import sys, trinity_lib.plots_kernels; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_dense_rate_is_no_ceiling_and_the_figure_says_so() -> None:
+    run = synthetic.kernels()
+    run["speed"]["dense_rate"][:] = 1.0
+    assert float(plots_kernels.shares(run).max()) > 1
+    title = plots_kernels.share(run).get_suptitle()
+    assert "torch's own dense product" in title and "which other kernels can exceed" in title

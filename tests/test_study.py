@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import xarray as xr
+from matplotlib.colors import to_hex
 
 from trinity_lib import findings, grid, outcome, plots_study, report, statements, study, trial
 from trinity_lib.config import BadValue, override, to_json
@@ -210,6 +211,63 @@ def test_other_text_is_not_mixed_in(
 def test_a_part_that_was_left_out_is_said_to_be(done: xr.DataTree, name: str) -> None:
     figure = getattr(plots_study, name)(done)
     assert "not part of this study" in figure.axes[0].texts[0].get_text()
+
+
+@pytest.fixture(scope="module")
+def reference() -> xr.DataTree:
+    """The committed study: all balancers, axes and seeds."""
+    return open_run(Path(__file__).parent.parent / "runs/reference/collapse.nc")
+
+
+def _looks(axis) -> dict[str, tuple[str, str]]:
+    """Colour and marker of what a panel's legend names, but for levels, which have none."""
+    handles, labels = axis.get_legend_handles_labels()
+    lines = [getattr(each, "lines", [each])[0] for each in handles]
+    looks = {
+        label.removesuffix(" (not causal)"): (to_hex(line.get_color()), line.get_marker())
+        for line, label in zip(lines, labels, strict=True)
+    }
+    return {label: look for label, look in looks.items() if look[1] not in ("None", "", None)}
+
+
+def test_a_balancer_looks_the_same_in_all_figures(reference: xr.DataTree) -> None:
+    every = {
+        report.NAMES[m]: (to_hex(plots_study.COLORS[m]), plots_study.MARKERS[m])
+        for m in report.NAMES
+    }
+    assert len({color for color, _ in every.values()}) == len(every)
+    assert len({marker for _, marker in every.values()}) == len(every)
+    for plot, at, least in (
+        (plots_study.pareto, 0, 15),
+        (plots_study.curves, 1, 15),
+        (plots_study.sensitivity, 2, 9),
+        (plots_study.anatomy, 4, 2),
+    ):
+        looks = _looks(plot(reference).axes[at])
+        assert len(looks) == least and looks.items() <= every.items(), plot.__name__
+    levels = plots_study.sensitivity(reference).axes[0].lines
+    assert to_hex(plots_study.COLORS["quantile"]) in {
+        to_hex(each.get_color()) for each in levels
+    }
+
+
+def test_bars_end_at_seeds_and_labels_stay_in_their_panels(reference: xr.DataTree) -> None:
+    figure = plots_study.causes(reference)
+    figure.canvas.draw()
+    assert "least and greatest of seeds" in figure.get_suptitle()
+    rows = findings.of(reference)
+    dead = 100 * rows[rows["part"] == "causes"].groupby(["axis", "level"])["dead"].agg(
+        ["min", "max"]
+    )  # fmt: skip
+    axis = figure.axes[0]
+    heights = {round(float(y), 6) for line in axis.lines for y in line.get_ydata()}
+    for level in ("16", "64", "256"):
+        assert set(dead.loc["experts", level].round(6)) <= heights
+    assert min(heights) >= 0
+    for axis in figure.axes:
+        boxes = [each.get_window_extent() for each in axis.get_xticklabels()]
+        assert all(a.x1 < b.x0 for a, b in zip(boxes, boxes[1:], strict=False))
+        assert boxes[-1].x1 < axis.get_window_extent().x1
 
 
 def test_tables_and_reading(done: xr.DataTree) -> None:

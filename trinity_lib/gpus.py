@@ -150,15 +150,15 @@ KINDS = {kind.name: kind for kind in _ALL}
 
 
 def find(name: str) -> GPU:
-    """The kind of that name, case and spaces aside, or its only beginning ("A100").
+    """The kind of that name, case and punctuation aside, or short for it ("A100", "H100").
 
-    BadValue where there is none.
+    BadValue for any other: a beginning may be another GPU (H20, L4, A10) with other figures.
     """
     asked = _plain(name)
-    found = [kind for each, kind in KINDS.items() if asked and _plain(each).startswith(asked)]
-    if len(found) != 1:
-        raise BadValue(f"gpu is {name!r}; it must be one of {', '.join(KINDS)}.")
-    return found[0]
+    for kind in _ALL:
+        if asked in (_plain(kind.name), _short(kind)):
+            return kind
+    raise BadValue(f"gpu is {name!r}; it must be one of {', '.join(KINDS)}.")
 
 
 def known(device: str) -> GPU | None:
@@ -169,11 +169,13 @@ def known(device: str) -> GPU | None:
     there = _plain(device)
     if "pcie" in there:
         return None
-    return next(
-        (k for k in _ALL if _plain(k.name).removesuffix("80gb").removesuffix("sxm") in there),
-        None,
-    )
+    return next((kind for kind in _ALL if _short(kind) in there), None)
+
+
+def _short(kind: GPU) -> str:
+    """Its plain name without memory and form: what a kind is called that is here only once."""
+    return _plain(kind.name).removesuffix("80gb").removesuffix("sxm")
 
 
 def _plain(name: str) -> str:
-    return name.replace(" ", "").replace("-", "").lower()
+    return "".join(each for each in name.lower() if each.isalnum())

@@ -17,6 +17,7 @@ from trinity_lib import (
     gpus,
     hub,
     launch_folder,
+    metrics,
     ranks,
     recipes,
     record,
@@ -404,7 +405,7 @@ def describe(config: RunConfig) -> str:
         f"{config.scale}: {router.num_experts} experts, top-{router.top_k}, "
         f"{model.num_layers} layers, {steps} steps of {config.phases[0].batch} x "
         f"{config.data.sequence_length} tokens, {config.optim.optimizer}, "
-        f"balance {config.balance.method} at {config.balance.rate:g}, text: {text}"
+        f"balance {metrics.balancer(config.balance.method, config.balance.rate)}, text: {text}"
         f"{several}, on {config.device}"
     )
 

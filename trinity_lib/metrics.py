@@ -20,6 +20,8 @@ from trinity_lib.loads import (
 
 REPORT_LAMBDA = 5e-4
 """lambda of SMEBU in the technical report, section 6."""
+RATELESS = ("none", "quantile", "bip", "sinkhorn", "expert_choice", "hash")
+"""Balancers without a step size."""
 
 
 def group(run: xr.DataTree, name: str) -> xr.Dataset:
@@ -102,6 +104,12 @@ def losses_table(run: xr.DataTree) -> pd.DataFrame:
     return pd.DataFrame({k: v.values for k, v in table.items()}, index=index)
 
 
+def balancer(method: str, rate: float) -> str:
+    """What a balancer is called, with its step size where it has one."""
+    name = "SMEBU" if method == "smebu" else method
+    return name if method in RATELESS else f"{name} at {rate:g}"
+
+
 def reading(run: xr.DataTree) -> str:
     """What a run shows, in sentences whose figures and verdicts come from the run."""
     if run.attrs["status"] == "rehearsed":
@@ -173,9 +181,10 @@ def _balance(run: xr.DataTree) -> str:
     steps = group(run, "layers").sizes["step"]
     late = group(run, "layers")["max_vio"].isel(step=slice(-max(1, steps // 5), None))
     mean, floor = float(late.mean()), floor_of(run)
-    method = json.loads(run.attrs["config"])["balance"]["method"]
+    balance = json.loads(run.attrs["config"])["balance"]
+    called = balancer(balance["method"], balance["rate"])
     return (
-        f"Balance ({method}). MaxVio is {mean:.2f} over the last {late.sizes['step']} steps "
+        f"Balance ({called}). MaxVio is {mean:.2f} over the last {late.sizes['step']} steps "
         f"(mean of layers; worst layer {float(late.mean('step').max()):.2f}); perfectly "
         f"uniform routing of this batch would show {floor:.2f}, so the excess is "
         f"{mean - floor:.2f}."

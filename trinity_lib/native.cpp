@@ -75,11 +75,6 @@ std::vector<Task> weight_slices(const int64_t* ends, int64_t experts, int64_t hi
   return tasks;
 }
 
-// Asks for a matrix before a product does, which reads it less eagerly.
-void prefetch(const float* data, int64_t size) {
-  for (int64_t i = 0; i < size; i += 16) __builtin_prefetch(data + i, 0, 2);
-}
-
 // Copies past the caches: a plain write would first read what it replaces from memory.
 void stream(const float* from, float* to, int64_t size) {
   int64_t i = 0;
@@ -242,14 +237,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> forward(
       return;
     }
     float *g_ = hidden + n * F, *u_ = g_ + n * F;
-    prefetch(wg + w, F * D);
     product(g_, {rows, D}, {wg + w, D, true}, n, F, D);
-    prefetch(wu + w, F * D);
     product(u_, {rows, D}, {wu + w, D, true}, n, F, D);
     swiglu(g_, u_, hidden, n * F);
     stream(g_, g + t.begin * F, n * F);
     stream(u_, u + t.begin * F, n * F);
-    prefetch(wd + w, F * D);
     product(ys + t.begin * D, {hidden, F}, {wd + w, D}, n, D, F);
   });
   combine(ys, inv, weights.const_data_ptr<float>(), y.data_ptr<float>(), T, K, D);
@@ -304,7 +296,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
     const Rows rows = whole ? Rows{own, own + n * D, wide, wide + n * F, wide + 2 * n * F} : kept(t.begin);
     gather(xs, o, t, K, D, rows.x);
     gather(dys, o, t, K, D, rows.dy);
-    prefetch(wd + w, F * D);
     product(rows.hidden, {rows.dy, D}, {wd + w, D, true}, n, F, D);
     for (int64_t i = 0; i < n; ++i) {
       const int64_t r = o[t.begin + i], f = (t.begin + i) * F;
@@ -312,9 +303,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
           gs + f, us + f, rows.hidden + i * F, ws[r], rows.gate + i * F, rows.up + i * F, F);
     }
     float* dx_ = dxr + t.begin * D;
-    prefetch(wg + w, F * D);
     product(dx_, {rows.gate, F}, {wg + w, D}, n, D, F);
-    prefetch(wu + w, F * D);
     product(dx_, {rows.up, F}, {wu + w, D}, n, D, F, true);
     if (whole) weight_gradients({t.expert, 0, F}, n, rows, space);
   });

@@ -9,6 +9,9 @@ from trinity_lib.mesh import ParallelConfig
 from trinity_lib.plan import Cluster, Plan, make
 from trinity_lib.run import RunConfig, require_common
 
+SHARD, EXPERT_PARALLEL = 128, 8
+"""What `configure` takes where the user gives neither: those of the published run."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PlanConfig:
@@ -48,20 +51,25 @@ class PlanConfig:
         require_common(self.name, 0, 1)
         scales = recipes.SCALES
         require(self.scale in scales, "scale", self.scale, f"one of {', '.join(scales)}")
+        _ = self.cluster  # which checks gpu, gpus, price and efficiency
         for name in ("tokens", "days"):
             require(getattr(self, name) > 0, name, getattr(self, name), "above zero")
         for name in ("context", "batch"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
-        whole = self.shard >= 1 and self.gpus % self.shard == 0
-        require(whole, "shard", self.shard, f"a divisor of gpus ({self.gpus})")
-        whole = self.expert_parallel >= 1 and self.shard % self.expert_parallel == 0
-        right = f"a divisor of shard ({self.shard})"
-        require(whole, "expert_parallel", self.expert_parallel, right)
+        self._require_divisor("shard", SHARD, "gpus")
+        self._require_divisor("expert_parallel", EXPERT_PARALLEL, "shard")
         length = self.length
         whole = self.micro_tokens >= 1 and self.micro_tokens % length == 0
         right = f"a multiple of the {length:,} tokens of a packed row"
         require(whole, "micro_tokens", self.micro_tokens, right)
-        _ = self.cluster, self.parallel  # which check the rest
+
+    def _require_divisor(self, name: str, default: int, of: str) -> None:
+        value, whole = getattr(self, name), getattr(self, of)
+        divides = value >= 1 and whole % value == 0
+        if value == default:  # the user may have given only the other
+            right = f"a multiple of {name} ({value}), or {name} a divisor of it"
+            require(divides, of, whole, right)
+        require(divides, name, value, f"a divisor of {of} ({whole})")
 
     @property
     def recipe(self) -> RunConfig:
@@ -111,8 +119,8 @@ def configure(
     efficiency: float = 0.118,
     tokens: float | None = None,
     days: float = 33.0,
-    shard: int = 128,
-    expert_parallel: int = 8,
+    shard: int = SHARD,
+    expert_parallel: int = EXPERT_PARALLEL,
     micro_tokens: int = 8192,
     recompute: bool = True,
     context: int = 32_768,

@@ -15,13 +15,12 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
 from trinity_lib import loads, metrics, plots_rehearsal
+from trinity_lib.metrics import RATELESS as RATELESS
 from trinity_lib.metrics import group
 
 SMOOTH = 20
 """Steps of the running mean drawn over noisy curves."""
 MOST_PANELS = 6
-RATELESS = ("none", "quantile", "bip", "sinkhorn", "expert_choice", "hash")
-"""Balancers without a step size."""
 
 Draw = Callable[[xr.DataTree], Figure]
 
@@ -315,8 +314,7 @@ def _legend(axis: Axes) -> None:
 
 def _method(run: xr.DataTree) -> str:
     balance = json.loads(run.attrs["config"])["balance"]
-    method = "SMEBU" if balance["method"] == "smebu" else balance["method"]
-    return method if method in RATELESS else f"{method} {balance['rate']:g}"
+    return metrics.balancer(balance["method"], balance["rate"])
 
 
 def _some(layers: np.ndarray) -> list[int]:

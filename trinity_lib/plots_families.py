@@ -76,17 +76,19 @@ def recall(run: xr.DataTree) -> Figure:
             part = part[part["item"].str.fullmatch(pattern)]
             _by_count(axis[number], run, part, "times told (doublings)", label)
             axis[number].set_title(phrasings)
+            _cut(axis[number])
     item = "share of the value told more often, of both told"
     stage_axes.by_stage(
         axes[0, 2], run, _phrasings(rows, "contradicted", item), "share of the value told more"
     )
     axes[0, 2].set_title("facts told with two values")
+    _cut(axes[0, 2])
     stage_axes.by_stage(
         axes[1, 2], run, _phrasings(rows, "knowledge", "bits a fact"), "bits a fact told"
     )
     axes[1, 2].set_title("knowledge")
     stage_axes.legend_below(figure, axes[0, 0])
-    figure.suptitle(stage_axes.title(run, "Recall of planted facts"))
+    figure.suptitle(_title(run, "Recall of planted facts"))
     return stage_axes.done(figure)
 
 
@@ -128,8 +130,10 @@ def memorisation(run: xr.DataTree) -> Figure:
     ]
     stage_axes.by_stage(axes[1, 1], run, found, "AUC of told against held-out codes")
     axes[1, 1].set_title("membership inference")
+    for axis in axes[1]:
+        _cut(axis)
     stage_axes.legend_below(figure, axes[0, 0])
-    figure.suptitle(stage_axes.title(run, "Memorisation of planted codes"))
+    figure.suptitle(_title(run, "Memorisation of planted codes"))
     return stage_axes.done(figure)
 
 
@@ -198,9 +202,37 @@ def behaviour(run: xr.DataTree) -> Figure:
               for m in kinds]  # fmt: skip
     stage_axes.by_stage(axes[1, 2], run, series, "questions refused, share")
     axes[1, 2].set_title("refusals in conversations")
+    for axis in (axes[0, 0], axes[0, 2], *axes[1]):
+        _cut(axis)
     stage_axes.legend_below(figure, axes[0, 0])
-    figure.suptitle(stage_axes.title(run, "Behaviour by stage"))
+    figure.suptitle(_title(run, "Behaviour by stage"))
     return stage_axes.done(figure)
+
+
+def _title(run: xr.DataTree, text: str) -> str:
+    """A title that says what `_cut` does."""
+    return f"{stage_axes.title(run, text)}; of shares, cut at 0 and 1"
+
+
+def _cut(axis: Axes) -> None:
+    """Cut a panel's intervals at 0 and 1, beyond which no share or probability lies.
+
+    Student's interval is symmetric, so that of few chains it may reach beyond. What is cut
+    off cannot be, so that the rest covers as often. Estimates stay where they are.
+    """
+    for line in axis.lines:
+        x, y = (np.asarray(each, float) for each in line.get_data())
+        if line.get_linestyle() == "-" and len(x) > 1 and len(set(x)) == 1:
+            line.set_ydata(np.clip(y, 0, 1))
+    for band in axis.collections:
+        for path in band.get_paths():
+            height = np.asarray(path.vertices)[:, 1]
+            np.clip(height, 0, 1, out=height)
+    low, high = axis.get_ylim()
+    low, high = max(low, 0.0), min(high, 1.0)
+    if axis.axison and low < high:
+        room = 0.05 * (high - low)
+        axis.set_ylim(low - room * (low == 0), high + room * (high == 1))
 
 
 def _jobs(axis: Axes, run: xr.DataTree, rows: pd.DataFrame, stage: str) -> None:

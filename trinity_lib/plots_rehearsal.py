@@ -7,13 +7,27 @@ import xarray as xr
 from matplotlib.figure import Figure
 
 BANNER = "REHEARSED, NOT TRAINED"
+PARTS = {
+    "weights": "fp32 weights",
+    "gradients": "fp32 gradients",
+    "optimizer": "optimiser state",
+    "gathered": "whole weights in flight",
+    "unreduced": "whole gradients in flight",
+    "kept": "activations kept",
+    "working": "activations of one block",
+    "logits": "logits",
+    "exchange": "expert exchange",
+    "stepping": "optimiser's temporaries",
+}
+"""What figures call the parts of memory: as a plan does, see `plan_report.PARTS`."""
 
 
 def banner(run: xr.DataTree, missing: str) -> Figure:
     """In place of a figure of training that a rehearsal has not got."""
     figure, axis = plt.subplots(figsize=(9, 1.1), dpi=110)
     axis.set_axis_off()
-    text = f"{BANNER}: no {missing}. {run.attrs['reason'].removeprefix(BANNER + ': ')}"
+    reason = str(run.attrs["reason"]).removeprefix(f"{BANNER}: ")
+    text = f"{BANNER}: no {missing}. {reason[:1].upper()}{reason[1:]}"
     figure.text(0.5, 0.5, text, ha="center", va="center", wrap=True, color="tab:red")
     plt.close(figure)
     return figure
@@ -33,7 +47,8 @@ def memory(run: xr.DataTree) -> Figure:
         for part, colour, row in zip(parts, colours, values, strict=True):
             axis.bar(
                 np.arange(len(moments)) + side, row, 0.38, bottom=below, color=colour,
-                hatch=hatch, edgecolor="white", lw=0.4, label=part if not hatch else None,
+                hatch=hatch, edgecolor="white", lw=0.4,
+                label=None if hatch else PARTS.get(part, part),
             )  # fmt: skip
             below += row
     usable = run.attrs["bytes_usable"] / 1e9

@@ -1,5 +1,6 @@
 """Figures of a collapse study, drawn from its file alone; seaborn, never torch."""
 
+import textwrap
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -14,6 +15,23 @@ from trinity_lib import findings
 from trinity_lib.metrics import group
 from trinity_lib.report import NAMES, NOT_CAUSAL, claims, finals
 
+COLORS = dict(
+    zip(
+        NAMES,
+        [
+            "black", "tab:red", "tab:orange", "tab:brown", "tab:green", "tab:blue", "tab:cyan",
+            "#d100a8", "tab:purple", "#c9a800", "tab:olive", "#1b2a8a", "tab:pink",
+            "tab:gray", "#00b894",
+        ],
+        strict=True,
+    )
+)  # fmt: skip
+"""Of balancers, in all figures."""
+MARKERS: dict[str, Any] = dict(zip(NAMES, "oXsP*v^D<>phdH8", strict=True))
+"""Of balancers, beside their colours: there are too many for colours alone."""
+RANGE = ("pi", 100)
+"""Bars from the least to the greatest of seeds; a standard deviation can reach below 0%."""
+
 
 def pareto(study: xr.DataTree) -> Figure:
     """Balance against validation loss: every step size faint, the best over seeds bold."""
@@ -25,8 +43,8 @@ def pareto(study: xr.DataTree) -> Figure:
     if grid.empty:
         return _absent("Balance against loss")
     figure, axis = _one(width=9, height=5.5)
-    markers = dict(zip(methods, "oXsPDv^<>ph*dH8", strict=False))
-    for color, method in zip(_colors(len(methods)), methods, strict=True):
+    for method in methods:
+        color = COLORS[method]
         tried, final = grid[grid["method"] == method], best[best["method"] == method]
         axis.plot(tried["excess"], tried["loss"], "-", color=color, alpha=0.25, lw=1)
         axis.scatter(tried["excess"], tried["loss"], 12, [color], alpha=0.35)
@@ -35,7 +53,7 @@ def pareto(study: xr.DataTree) -> Figure:
             few = len(final) < 2
             axis.errorbar(
                 final["excess"].mean(), final["loss"].mean(),
-                **({} if few else spread), fmt=markers[method], color=color, ms=8,
+                **({} if few else spread), fmt=MARKERS[method], color=color, ms=8,
                 mec="black", mew=0.6, capsize=2,
                 label=NAMES[method] + (" (not causal)" if method in NOT_CAUSAL else ""),
             )  # fmt: skip
@@ -69,19 +87,23 @@ def sensitivity(study: xr.DataTree) -> Figure:
     for axis, (column, label) in zip(axes, labels.items(), strict=True):
         sns.lineplot(
             grid, x="rate", y=column, hue="balancer", hue_order=[NAMES[m] for m in methods],
-            style="balancer", markers=True, dashes=False, ax=axis, errorbar=("sd", 1),
-            legend=axis is axes[-1], palette=_colors(len(methods)),
+            style="balancer", markers={NAMES[m]: MARKERS[m] for m in methods}, dashes=False,
+            ax=axis, errorbar=RANGE, legend=axis is axes[-1],
+            palette=[COLORS[m] for m in methods],
         )  # fmt: skip
-        for method, line in (("none", "-"), ("quantile", "--")):
+        for method, style in (("none", "-"), ("quantile", "--")):
             level = untuned[untuned["method"] == method][column.removesuffix(", %")]
             if len(level):
                 value = level.mean() * (100 if column.endswith("%") else 1)
-                axis.axhline(value, color="black", ls=line, lw=1, label=NAMES[method])
+                line = {"color": COLORS[method], "ls": style, "lw": 1.2}
+                axis.axhline(value, label=NAMES[method], **line)
         axis.set(xscale="log", xlabel="step size or weight", ylabel=label)
         sns.despine(ax=axis)
     axes[0].set_yscale("symlog", linthresh=0.1)
     axes[0].set_ylim(bottom=0)
-    axes[1].set_title("Sensitivity to the step size (mean and sd over the grid's seeds)")
+    axes[1].set_title(
+        "Sensitivity to the step size (mean, least and greatest of the grid's seeds)"
+    )
     _legend(axes[-1])
     return _done(figure)
 
@@ -95,7 +117,7 @@ def curves(study: xr.DataTree) -> Figure:
     with sns.axes_style("whitegrid"):
         figure, axes = plt.subplots(1, 2, figsize=(12, 4.5), layout="constrained", dpi=110)
     methods = [m for m in NAMES if m in set(keep["method"])]
-    for color, method in zip(_colors(len(methods)), methods, strict=True):
+    for number, method in enumerate(methods):
         keys = keep[keep["method"] == method]["key"]
         chosen = np.isin(trials["key"].values, keys) & _first_of_each(trials["key"].values)
         for axis, name, scale in (
@@ -104,8 +126,9 @@ def curves(study: xr.DataTree) -> Figure:
             curve = results[name].isel(trial=chosen).mean(["trial", "trial_layer"])
             bold = 2.4 if method == "smebu" else 1.2
             axis.plot(
-                100 * curve.time, scale * curve, color=color, lw=bold, label=NAMES[method]
-            )
+                100 * curve.time, scale * curve, color=COLORS[method], lw=bold,
+                marker=MARKERS[method], ms=4, markevery=(number % 6, 6), label=NAMES[method],
+            )  # fmt: skip
     floor = float(results["floor"].median())
     axes[0].axhline(floor, color="black", ls="--", lw=1, label="uniform routing")
     axes[0].set(yscale="log", xlabel="share of the run, %", ylabel="MaxVio of a batch")
@@ -175,13 +198,13 @@ def rescue(study: xr.DataTree) -> Figure:
     ):  # fmt: skip
         sns.stripplot(chosen, x="what", y=column, ax=axis, color="0.6", size=4)
         sns.pointplot(
-            chosen, x="what", y=column, ax=axis, errorbar=("sd", 1), ls="", color="black",
+            chosen, x="what", y=column, ax=axis, errorbar=RANGE, ls="", color="black",
             capsize=0.15,
         )  # fmt: skip
         axis.tick_params(axis="x", rotation=25)
         axis.set(xlabel="balancer it went on with", ylabel=label)
         sns.despine(ax=axis)
-    axes[0].set_title("A collapsed router gone on with")
+    figure.suptitle("A collapsed router gone on with; mean, least and greatest of seeds")
     return _done(figure)
 
 
@@ -202,10 +225,14 @@ def leak(study: xr.DataTree) -> Figure:
         (axes[0], "leak, %", "tokens whose experts later tokens change, %"),
         (axes[1], "gain", "loss decoded causally less with own choices, nat"),
     ):
-        sns.barplot(rows, y="balancer", x=column, order=list(order), ax=axis, color="tab:red")
+        sns.barplot(
+            rows, y="balancer", x=column, order=list(order), ax=axis, hue="balancer",
+            palette={NAMES[m]: color for m, color in COLORS.items()}, legend=False,
+            errorbar=RANGE,
+        )  # fmt: skip
         axis.set(xlabel=label, ylabel="")
         sns.despine(ax=axis)
-    axes[0].set_title("Routing that reads the future")
+    axes[0].set_title("Routing that reads the future; mean, least and greatest of seeds")
     return _done(figure)
 
 
@@ -258,21 +285,23 @@ def _axes_figure(rows: pd.DataFrame, column: str, label: str, title: str) -> Fig
             down, across, figsize=(4.2 * across, 3 * down), layout="constrained", dpi=110,
             sharey=True, squeeze=False,
         )  # fmt: skip
-    several = rows["method"].nunique() > 1
     for axis, name in zip(axes.flat, names, strict=False):
         part = rows[rows["axis"] == name].copy()
         part["balancer"] = part["method"].map(NAMES)
+        methods = [m for m in NAMES if m in set(part["method"])]
+        aside: Any = 0.1 if len(methods) > 1 else False
         sns.pointplot(
-            part, x="level", y=column, hue="balancer", ax=axis, errorbar=("sd", 1),
-            legend=several and part["method"].nunique() > 1, capsize=0.1,
+            part, x="level", y=column, hue="balancer", hue_order=[NAMES[m] for m in methods],
+            palette=[COLORS[m] for m in methods], markers=[MARKERS[m] for m in methods],
+            dodge=aside, ax=axis, errorbar=RANGE, capsize=0.1, legend=len(methods) > 1,
         )  # fmt: skip
-        if part["level"].str.len().max() > 8:
-            axis.tick_params(axis="x", rotation=12)
+        levels = part["level"].drop_duplicates()
+        axis.set_xticks(range(len(levels)), [textwrap.fill(each, 14) for each in levels])
         axis.set(xlabel=name, ylabel=label)
         sns.despine(ax=axis)
     for axis in axes.flat[len(names) :]:
         axis.set_visible(False)
-    figure.suptitle(f"{title}; mean and sd over seeds")
+    figure.suptitle(f"{title}; mean, least and greatest of seeds")
     return _done(figure)
 
 
@@ -280,10 +309,6 @@ def _first_of_each(keys: np.ndarray) -> np.ndarray:
     first = np.zeros(len(keys), dtype=bool)
     first[np.unique(keys, return_index=True)[1]] = True
     return first
-
-
-def _colors(count: int) -> Any:
-    return sns.color_palette("husl", count)
 
 
 def _one(width: float, height: float) -> tuple[Figure, Any]:

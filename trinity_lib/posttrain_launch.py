@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args
 import torch
 import xarray as xr
 
-from trinity_lib import checkpoint, hub, launch, posttrain, tokenizer
+from trinity_lib import checkpoint, hub, launch, metrics, posttrain, tokenizer
 from trinity_lib.balance import BalanceConfig
 from trinity_lib.config import BadValue, Missing, convert, require
 from trinity_lib.lessons import TASKS
@@ -100,7 +100,9 @@ def describe(config: PosttrainConfig) -> str:
     if config.lora is not None:
         trained = f"adapters of rank {config.lora.rank} on {', '.join(config.lora.on)}"
     frozen = config.balance.method == "none"
-    balance = "frozen" if frozen else f"{config.balance.method} at {config.balance.rate:g}"
+    balance = (
+        "frozen" if frozen else metrics.balancer(config.balance.method, config.balance.rate)
+    )
     return (
         f"{config.init}: {shape.router.num_experts} experts, top-{shape.router.top_k}, "
         f"{shape.num_layers} layers; {stages}; {trained}, balance {balance}, "
