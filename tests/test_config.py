@@ -1,7 +1,11 @@
 """Settings: round trips, overrides, coercion, and one sentence for every mistake."""
 
 import json
+import os
+import subprocess
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import pytest
@@ -78,6 +82,7 @@ def test_override_reaches_nested_settings() -> None:
     ("changes", "sentence"),
     [
         ({"stpes": 1}, "Outer has no setting 'stpes'; it has flag, inner"),
+        ({"stpes": 1}, r"name, steps \(did you mean 'steps'\?\)\.$"),
         ({"inner.rat": 1}, "Inner has no setting 'rat'"),
         ({"steps": "three"}, "steps is 'three'; it must be a whole number"),
         ({"steps": 2.5}, "steps is 2.5; it must be a whole number"),
@@ -85,7 +90,8 @@ def test_override_reaches_nested_settings() -> None:
         ({"steps": None}, "steps is None; it must be a whole number"),
         ({"steps": "nan"}, "it must be a whole number"),
         ({"inner.rate": "fast"}, "rate is 'fast'; it must be a number"),
-        ({"inner.kind": "c"}, "kind is 'c'; it must be one of a, b"),
+        ({"inner.kind": "c"}, "kind is 'c'; it must be one of a, b\\.$"),
+        ({"inner.kind": "aa"}, r"must be one of a, b \(did you mean 'a'\?\)\.$"),
         ({"inner.pair": [1]}, r"pair is \[1\]; it must be a list of 2"),
         ({"inner.pair": 7}, "pair is 7; it must be a list"),
         ({"inner.shares": 7}, "shares is 7; it must be a mapping"),
@@ -114,6 +120,57 @@ def test_unknown_and_missing_keys_in_json() -> None:
         config.from_json(Outer, json.dumps(values))
     with pytest.raises(ValueError, match="Outer lacks steps, inner"):
         config.from_json(Outer, "{}")
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [("{", "Outer is not JSON: Expecting"), ('{"stps": 1}', "Outer has no setting 'stps'")],
+)
+def test_a_file_that_cannot_be_used_is_named(tmp_path: Path, text: str, sentence: str) -> None:
+    file = tmp_path / "run.json"
+    file.write_text(text)
+    with pytest.raises(config.BadValue) as error:
+        config.from_file(Outer, file)
+    assert str(error.value).startswith(f"--config {file}: {sentence}")
+
+
+PRINTS = """
+import sys
+from trinity_lib.config import BadValue, one_sentence
+with one_sentence():
+    sys.stdin.read()  # until nobody reads what is printed
+    print("line\\n" * {lines})
+    {then}
+"""
+
+
+@pytest.mark.parametrize(
+    ("unbuffered", "lines", "then", "code", "shown"),
+    [
+        ("", 1, "", 0, ""),
+        ("", 1, "raise SystemExit(0)", 0, ""),
+        ("", 1, "raise BadValue('A sentence.')", 1, "A sentence."),
+        ("", 100_000, "", 1, ""),
+        ("1", 1, "", 1, ""),
+    ],
+)
+def test_a_reader_that_stops_early_shows_no_traceback(
+    unbuffered: str, lines: int, then: str, code: int, shown: str
+) -> None:
+    command = [sys.executable, "-c", PRINTS.format(lines=lines, then=then)]
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    environment = os.environ | {"PYTHONUNBUFFERED": unbuffered}
+    with subprocess.Popen(command, **pipes, text=True, env=environment) as process:
+        assert process.stdin and process.stdout and process.stderr
+        process.stdout.close()
+        process.stdin.close()
+        assert process.stderr.read().strip() == shown
+    assert process.returncode == code
+
+
+def test_another_broken_pipe_is_a_defect() -> None:
+    with pytest.raises(BrokenPipeError, match="a socket's"), config.one_sentence():
+        raise BrokenPipeError("a socket's")
 
 
 POSITIVE = st.floats(1e-8, 1e8)

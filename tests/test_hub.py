@@ -18,7 +18,7 @@ from torch import Tensor
 
 from trinity_lib import afmoe, checkpoint, corpus, hub, recipes, tokenizer
 from trinity_lib.attention import context
-from trinity_lib.config import BadValue, Refusal, override
+from trinity_lib.config import BadValue, Missing, Refusal, override
 from trinity_lib.generate import generate
 from trinity_lib.losses import token_loss
 from trinity_lib.model import Trinity, count_parameters
@@ -549,13 +549,27 @@ def test_a_broken_checkpoint_is_one_sentence(
 
 def test_a_name_that_is_no_folder_is_looked_for_on_the_hub(monkeypatch) -> None:
     import huggingface_hub
+    from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError
 
-    def offline(name: str, **_: object) -> str:
-        raise OSError(f"no network for {name}\nand more")
+    unreached = LocalEntryNotFoundError("Got: ConnectError: no network\nAn error happened")
+    unreached.__cause__ = ConnectionError("no network")
+    unknown = RepositoryNotFoundError.__new__(RepositoryNotFoundError)
+    unknown.args = ("404 Client Error.\nRepository Not Found",)
+    for error, sentence in (
+        (unreached, "could not be reached: no network."),
+        (LocalEntryNotFoundError("not cached"), "could not be reached: not cached."),
+        (unknown, "gives none of the name: 404 Client Error."),
+        (OSError("the disk is full\nand more"), "did not give it: the disk is full."),
+    ):
 
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
-    with pytest.raises(Refusal, match="hub gives none of the name: no network for arcee-ai/x"):
-        hub.load("arcee-ai/x")
+        def fails(name: str, *, error: Exception = error, **_: object) -> str:
+            raise error
+
+        monkeypatch.setattr(huggingface_hub, "snapshot_download", fails)
+        with pytest.raises(Missing) as caught:
+            hub.load("arcee-ai/x")
+        about = "arcee-ai/x is no folder here, and the Hugging Face hub"
+        assert str(caught.value) == f"{about} {sentence}"
 
 
 def test_the_command_describes_a_checkpoint(folder: Path) -> None:

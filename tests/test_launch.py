@@ -182,7 +182,7 @@ BAD: list[tuple[dict, str]] = [
     ({"name": "complete"}, "The run 'complete' is complete .*; choose another name"),
     ({"name": "begun"}, "The run 'begun' was begun before .*; choose another name, or resume"),
     ({"name": "live"}, "The run 'live' is being written by a live process; choose another"),
-    ({"vocab_size": 100}, "vocab_size is 100; it must be at most .* and at least 258"),
+    ({"vocab_size": 100}, "vocab_size is 100; it must be at least 258, for single bytes"),
     (
         {**DATA, "vocab_size": 9999},
         "vocab_size is 9999; it must be at most .* this text yields",

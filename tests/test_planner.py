@@ -214,7 +214,8 @@ def test_the_command_prints_the_run(tmp_path: Path) -> None:
     assert open_run(done.stdout.strip()).attrs["status"] == "complete"
     path.write_text("{}")
     done = subprocess.run([*words, "--runs", str(tmp_path)], capture_output=True, text=True)
-    assert done.returncode == 1 and done.stderr.startswith("PlanConfig lacks scale")
+    assert done.returncode == 1 and "PlanConfig lacks scale, gpu" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
 
 
 def test_settings_read_back() -> None:

@@ -80,6 +80,13 @@ def test_no_steps_is_refused() -> None:
         recipes.with_steps(recipes.toy(), 0)
 
 
+def test_the_module_takes_no_argument() -> None:
+    command = [sys.executable, "-m", "trinity_lib.recipes", "foo"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "unrecognized arguments: foo" in done.stderr
+
+
 def test_the_module_prints_every_count() -> None:
     command = [sys.executable, "-m", "trinity_lib.recipes"]
     out = subprocess.run(command, capture_output=True, text=True, check=True).stdout

@@ -137,6 +137,16 @@ def test_nothing_and_rubbish_are_clear_errors(tmp_path: Path) -> None:
         open_runs(str(tmp_path / "*.none"))
 
 
+def test_a_group_that_no_run_has_is_told_from_those_there_are(tmp_path: Path) -> None:
+    writer = Writer(tmp_path / "run", attributes("run"), COORDINATES)
+    fill(writer, range(1, 2))
+    writer.close("complete")
+    has = ", ".join(sorted(open_run(tmp_path / "run").children))
+    sentence = f"with a group 'trian'; those that match have {has}\\.$"
+    with pytest.raises(FileNotFoundError, match=sentence):
+        open_runs(str(tmp_path / "*.nc"), "trian")
+
+
 def test_many_runs_are_one_dataset(tmp_path: Path) -> None:
     for name, last in (("a", 3), ("b", 5)):
         writer = Writer(tmp_path / name, attributes(name), COORDINATES)

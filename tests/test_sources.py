@@ -131,12 +131,15 @@ def test_the_hash_is_of_content_field_and_split(tmp_path: Path) -> None:
         ("hf://owner/some data:en=2", ["en"], [(2.0,)]),
         ("hf://owner/name", ["name"], [(1.0,)]),
         ("two words.txt", ["two-words"], [(1.0,)]),
+        ("lr=fast/1.txt", ["1"], [(1.0,)]),
+        ("lr=fast, lr=fast/*.txt=2", ["lr-fast", "lr-fast-2"], [(1.0,), (2.0,)]),
     ],
 )
 def test_a_line_of_sources_is_understood(
     tmp_path: Path, text: str, names: list, weights: list
 ) -> None:
-    for name in ("books/1.txt", "code.jsonl", "deep/code.jsonl", "two words.txt"):
+    there = ("books/1.txt", "code.jsonl", "deep/code.jsonl", "two words.txt", "lr=fast/1.txt")
+    for name in there:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
     found, given_weights = sources.parse(text, "text", [tmp_path])
@@ -163,9 +166,14 @@ def test_paths_are_looked_for_in_order(tmp_path: Path) -> None:
         ("none.txt", Missing, "data is 'none.txt'; nothing is there \\(looked in "),
         ("none/*.txt", Missing, "data is 'none/\\*.txt'; nothing is there"),
         (" , ", BadValue, "data is ' , '; it must be files, folders, globs or hf:// datasets"),
-        ("x.txt=1..2", BadValue, "data is 'x.txt=1..2'; it must be PATH=WEIGHT"),
-        ("x.txt=1::2", BadValue, "data is 'x.txt=1::2'; it must be PATH=WEIGHT"),
-        ("x.txt=two", Missing, "data is 'x.txt=two'; nothing is there"),
+        ("x.txt=1..2", BadValue, "data is 'x.txt=1..2'; its weight '1..2' must be a number"),
+        ("x.txt=1::2", BadValue, "data is 'x.txt=1::2'; its weight '1::2' must be a num"),
+        ("x.txt=two", BadValue, "its weight 'two' must be a number above zero, in plain digi"),
+        ("x.txt = -2", BadValue, "data is 'x.txt = -2'; its weight '-2' must be a number abov"),
+        ("*.txt=1:-2", BadValue, r"data is '\*.txt=1:-2'; its weight '1:-2' must be"),
+        ("x.txt=", BadValue, "data is 'x.txt='; its weight '' must be"),
+        ("y.txt=two", Missing, "data is 'y.txt=two'; nothing is there"),
+        ("=two", Missing, "data is '=two'; nothing is there"),
         ("x\ny.txt", Missing, "data is 'x.ny.txt'; nothing is there"),
         ("x" * 5000, Missing, "it is no path: "),
         ("~no-such-user/x.txt", Missing, "it is no path: "),

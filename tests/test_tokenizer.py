@@ -50,6 +50,16 @@ def test_a_vocabulary_the_text_cannot_yield_is_refused(cache: Path) -> None:
         tokenizer.of_corpus(corpus.procedural(0), 500_000, cache)
 
 
+def test_a_vocabulary_without_room_for_bytes_and_marks_is_refused(tmp_path: Path) -> None:
+    fewest = tokenizer.FEWEST
+    assert tokenizer.train(["a"], 5).size == fewest
+    right = f"vocab_size is {fewest - 1}; it must be at least {fewest}, for single bytes"
+    with pytest.raises(BadValue, match=right):
+        tokenizer.of_corpus(corpus.procedural(0), fewest - 1, tmp_path)
+    assert not list(tmp_path.iterdir())
+    assert tokenizer.of_corpus(corpus.procedural(0), fewest, tmp_path).size == fewest
+
+
 def test_a_saved_vocabulary_comes_back(tmp_path: Path) -> None:
     made = tokenizer.train(TEXTS, 300)
     made.save(tmp_path)

@@ -7,14 +7,16 @@ user can put right is a `Refusal`, whose one sentence is all that is shown of it
 
 import contextlib
 import dataclasses
+import difflib
 import functools
 import hashlib
 import json
 import math
+import os
 import sys
 import types
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -44,12 +46,34 @@ class Taken(Refusal, FileExistsError):
 
 @contextlib.contextmanager
 def one_sentence() -> Iterator[None]:
-    """For commands: print a refusal's sentence and exit with 1, without a traceback."""
+    """For commands: print a refusal's sentence and exit with 1, without a traceback.
+
+    There is none either where what reads stdout stops early, as `head` does.
+    """
     try:
         yield
     except Refusal as refusal:
         print(refusal, file=sys.stderr)
         raise SystemExit(1) from refusal
+    except BrokenPipeError as error:
+        if not _unread("\n"):  # it was a socket's, say
+            raise
+        raise SystemExit(1) from error
+    finally:
+        _unread()  # here, because Python's own flush at exit would show a traceback
+
+
+def _unread(last: str = "") -> bool:
+    """Print `last` and flush; whether stdout's reader is gone, and what was left with it.
+
+    Where stdout has no buffer (PYTHONUNBUFFERED), only a `last` that is not empty tells.
+    """
+    try:
+        print(end=last, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return True
+    return False
 
 
 def first_line(error: BaseException) -> str:
@@ -62,6 +86,12 @@ def require(ok: bool, field: str, value: object, right: str) -> None:
     """Raise BadValue "FIELD is VALUE; it must be RIGHT" unless `ok`."""
     if not ok:
         raise BadValue(f"{field} is {value!r}; it must be {right}.")
+
+
+def meant(value: object, known: Iterable[str]) -> str:
+    """ " (did you mean 'steps'?)" where a name that is not known is close to one that is."""
+    close = difflib.get_close_matches(str(value), known, 1)
+    return f" (did you mean {close[0]!r}?)" if close else ""
 
 
 def check(settings: Any) -> None:
@@ -86,8 +116,9 @@ def convert(hint: Any, value: Any, field: str) -> Any:
     if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         return value if isinstance(value, hint) else build(hint, value, field)
     if origin is typing.Literal:
-        options = ", ".join(map(str, arguments))
-        require(value in arguments, field, value, f"one of {options}")
+        options = [str(each) for each in arguments]
+        right = f"one of {', '.join(options)}{meant(value, options)}"
+        require(value in arguments, field, value, right)
         return value
     if origin is tuple:
         return _convert_tuple(arguments, value, field)
@@ -136,9 +167,7 @@ def build(cls: type, values: Any, field: str = "") -> Any:
     known = _hints(cls)
     for key in values:
         if key not in known:
-            raise BadValue(
-                f"{cls.__name__} has no setting {key!r}; it has {', '.join(sorted(known))}."
-            )
+            raise BadValue(_no_setting(cls, key))
     missing = [
         f.name
         for f in dataclasses.fields(cls)
@@ -162,8 +191,7 @@ def override(settings: Any, changes: Mapping[str, Any]) -> Any:
     for key, value in changes.items():
         head, _, rest = key.partition(".")
         if head not in _hints(cls):
-            names = ", ".join(sorted(_hints(cls)))
-            raise BadValue(f"{cls.__name__} has no setting {head!r}; it has {names}.")
+            raise BadValue(_no_setting(cls, head))
         if rest:
             nested.setdefault(head, {})[rest] = value
         else:
@@ -190,12 +218,15 @@ def from_json(cls: type, text: str) -> Any:
 
 
 def from_file(cls: type, path: Path) -> Any:
-    """The settings object in a file given as `--config`; Missing where it cannot be read."""
+    """The settings object in a file given as `--config`; a Refusal names the file."""
     try:
         text = path.read_text()
     except (OSError, UnicodeDecodeError) as error:
         raise Missing(f"--config is {path}; it cannot be read: {error}.") from error
-    return from_json(cls, text)
+    try:
+        return from_json(cls, text)
+    except BadValue as error:
+        raise BadValue(f"--config {path}: {error}") from error
 
 
 def differences(old: Any, new: Any, leave_out: tuple[str, ...] = ()) -> list[str]:
@@ -215,6 +246,12 @@ def differences(old: Any, new: Any, leave_out: tuple[str, ...] = ()) -> list[str
 def digest(settings: Any) -> str:
     """The first eight hexadecimal digits of the SHA-256 of the settings' JSON."""
     return hashlib.sha256(to_json(settings).encode()).hexdigest()[:8]
+
+
+def _no_setting(cls: type, name: str) -> str:
+    known = sorted(_hints(cls))
+    has = f"{', '.join(known)}{meant(name, known)}"
+    return f"{cls.__name__} has no setting {name!r}; it has {has}."
 
 
 @functools.cache

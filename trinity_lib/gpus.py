@@ -173,7 +173,7 @@ def known(device: str) -> GPU | None:
 
 
 def _short(kind: GPU) -> str:
-    """Its plain name without memory and form: what a kind is called that is here only once."""
+    """Its plain name without memory size and form, of which no other is here ("h100")."""
     return _plain(kind.name).removesuffix("80gb").removesuffix("sxm")
 
 

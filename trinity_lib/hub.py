@@ -286,15 +286,21 @@ def local(folder: str | Path) -> Path:
     if path.exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(folder)):
         return path
     from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError
+
+    def missing(said: str, why: BaseException) -> Missing:
+        about = f"the Hugging Face hub {said}: {first_line(why)}."
+        return Missing(f"{folder} is no folder here, and {about}")
 
     try:
         patterns = ["*.safetensors", "*.json"]
         return Path(snapshot_download(str(folder), allow_patterns=patterns))
+    except RepositoryNotFoundError as error:
+        raise missing("gives none of the name", error) from error
+    except LocalEntryNotFoundError as error:  # not in the package's cache, and no answer
+        raise missing("could not be reached", error.__cause__ or error) from error
     except Exception as error:  # the package and the network raise all sorts
-        raise Missing(
-            f"There is no folder {folder}, and the Hugging Face hub gives none of the name: "
-            f"{first_line(error)}."
-        ) from error
+        raise missing("did not give it", error) from error
 
 
 def _files(folder: Path) -> dict[str, Path]:

@@ -25,7 +25,7 @@ from trinity_lib import (
     sources,
     tokenizer,
 )
-from trinity_lib.config import BadValue, Missing, convert, override, require, to_json
+from trinity_lib.config import BadValue, Missing, convert, meant, override, require, to_json
 from trinity_lib.mesh import ParallelConfig
 from trinity_lib.record import ROOT
 from trinity_lib.run import RunConfig, named
@@ -373,7 +373,8 @@ def refuse_unknown(known: Iterable[str]) -> None:
     for name in injected():
         if name not in known:
             raise BadValue(
-                f"there is no parameter {name!r}; this notebook has {', '.join(known)}."
+                f"there is no parameter {name!r}; this notebook has "
+                f"{', '.join(known)}{meant(name, known)}."
             )
 
 

@@ -10,7 +10,7 @@ import xarray as xr
 
 from trinity_lib import checkpoint, hub, launch, metrics, posttrain, tokenizer
 from trinity_lib.balance import BalanceConfig
-from trinity_lib.config import BadValue, Missing, convert, require
+from trinity_lib.config import BadValue, Missing, convert, meant, require
 from trinity_lib.lessons import TASKS
 from trinity_lib.lora import LoraConfig, Part
 from trinity_lib.optim import OptimConfig
@@ -114,11 +114,11 @@ def _checkpoint(init: str) -> Path:
     """A folder, or OWNER/NAME on the hub; Missing unless it holds a model and a tokenizer."""
     try:
         folder = launch.located("init", init)
-    except Missing as error:
+    except Missing:
         try:
             folder = hub.local(init)
         except Missing as second:
-            raise Missing(f"{error} {second}") from second
+            raise Missing(f"init: {second}") from second
         if not folder.exists():
             raise
     hub.inspect(folder)
@@ -146,8 +146,11 @@ def _adapters(lora: bool, rank: int, on: str) -> LoraConfig | None:
 
 
 def _stages(stages: str, steps: Any, batch: Any) -> tuple[Stage, ...]:
-    kinds = [convert(Kind, kind, "stages") for kind in launch.listed(stages)]
-    require(len(kinds) > 0, "stages", stages, f"some of {', '.join(get_args(Kind))}")
+    kinds, right = launch.listed(stages), f"some of {', '.join(get_args(Kind))}"
+    require(len(kinds) > 0, "stages", stages, right)
+    for kind in kinds:
+        hint = f"{right}, not {kind!r}{meant(kind, get_args(Kind))}"
+        require(kind in get_args(Kind), "stages", stages, hint)
     each = {
         name: [convert(int, value, name) for value in launch.listed(given)]
         for name, given in (("steps", steps), ("batch", batch))

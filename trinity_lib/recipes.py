@@ -5,12 +5,13 @@ models (Arcee Trinity Large technical report, table 1 and section 3), whose data
 Run this module to print their parameter counts.
 """
 
+import argparse
 import dataclasses
 from collections.abc import Callable
 
 from trinity_lib.attention import AttentionConfig
 from trinity_lib.balance import BalanceConfig
-from trinity_lib.config import require
+from trinity_lib.config import one_sentence, require
 from trinity_lib.data import DataConfig
 from trinity_lib.mesh import ParallelConfig
 from trinity_lib.model import ModelConfig, count_parameters
@@ -244,12 +245,15 @@ def _published(scale: str, model: ModelConfig, adamw_rate: float) -> RunConfig:
 
 def main() -> None:
     """Print every scale's parameter counts."""
+    argparse.ArgumentParser(description=main.__doc__).parse_args()
     header = ("scale", "total", "active", "with head", "with embeddings", "expert biases")
-    print("{:6} {:>17} {:>15} {:>15} {:>16} {:>14}".format(*header))
+    lines = ["{:6} {:>17} {:>15} {:>15} {:>16} {:>14}".format(*header)]
     for name, recipe in SCALES.items():
         c = count_parameters(recipe().model)
         row = (c.total, c.active, c.active_with_head, c.active_with_embeddings, c.expert_bias)
-        print("{:6} {:>17,} {:>15,} {:>15,} {:>16,} {:>14,}".format(name, *row))
+        lines.append("{:6} {:>17,} {:>15,} {:>15,} {:>16,} {:>14,}".format(name, *row))
+    with one_sentence():
+        print("\n".join(lines))
 
 
 if __name__ == "__main__":

@@ -273,10 +273,14 @@ def open_runs(pattern: str, group: str = "train", *, rehearsed: bool = False) ->
     Status, seed, scale, balancer and optimiser are coordinates along `run`.
     """
     datasets, labels = [], []
+    groups: set[str] = set()
     for path in sorted(glob(pattern)):
         tree = open_run(path)
         attributes = tree.attrs
-        if group not in tree or (attributes["status"] == "rehearsed" and not rehearsed):
+        if attributes["status"] == "rehearsed" and not rehearsed:
+            continue
+        groups.update(tree.children)
+        if group not in tree:
             continue
         config = json.loads(attributes["config"])
         label = {
@@ -290,7 +294,8 @@ def open_runs(pattern: str, group: str = "train", *, rehearsed: bool = False) ->
         datasets.append(tree[group].to_dataset())
         labels.append(label)
     if not datasets:
-        raise Missing(f"No run matches {pattern} with a group {group!r}.")
+        has = f"; those that match have {', '.join(sorted(groups))}" if groups else ""
+        raise Missing(f"No run matches {pattern} with a group {group!r}{has}.")
     runs: Any = {key: ("run", [label[key] for label in labels]) for key in labels[0]}
     joined = xr.concat(
         datasets, "run", join="outer", coords="minimal", compat="override", data_vars="all"

@@ -4,6 +4,7 @@ Files are read anew on every pass, so that memory stays small whatever their siz
 every source's text (one part in `share`) is held out for validation before anything else.
 """
 
+import contextlib
 import hashlib
 import heapq
 import itertools
@@ -63,10 +64,9 @@ def parse(
         name = _name(path, {source.name for source in sources})
         try:
             weights[name] = tuple(float(number) for number in numbers)
-        except ValueError:
-            right = "PATH=WEIGHT, or PATH=WEIGHT:WEIGHT:... with one for each phase"
-            require(False, "data", part, right)
-        located = path if path.startswith(HUB) else _locate(path, looked_in)
+        except ValueError as error:
+            raise _bad_weight(part, match[2]) from error
+        located = path if path.startswith(HUB) else _place(path, looked_in)
         sources.append(Source(name=name, path=located, field=field))
     require(bool(sources), "data", text, "files, folders, globs or hf:// datasets")
     return tuple(sources), weights
@@ -79,6 +79,28 @@ def _name(path: str, taken: set[str]) -> str:
     stem = re.sub(r"[^\w.-]+", "-", stem.removesuffix(Path(stem).suffix)).strip("-.") or "text"
     numbered = (f"{stem}-{i}" for i in itertools.count(2))
     return next(name for name in itertools.chain([stem], numbered) if name not in taken)
+
+
+def _bad_weight(part: str, weight: str) -> BadValue:
+    return BadValue(
+        f"data is {part!r}; its weight {weight.strip()!r} must be a number above zero, in "
+        "plain digits, or one for each phase, as in 1:2:2."
+    )
+
+
+def _place(path: str, folders: Iterable[Path]) -> str:
+    """`_locate`; BadValue where what is before the last "=" is there, though the whole is not.
+
+    A path may itself hold "=", so that what follows one is a bad weight only then.
+    """
+    try:
+        return _locate(path, folders)
+    except Missing:
+        before, _, weight = path.rpartition("=")
+        with contextlib.suppress(Missing):
+            if before.strip() and _locate(before.strip(), folders):
+                raise _bad_weight(path, weight) from None
+        raise
 
 
 def _locate(path: str, folders: Iterable[Path]) -> str:

@@ -11,7 +11,7 @@ import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from trinity_lib import disk
-from trinity_lib.config import BadValue, Missing, first_line
+from trinity_lib.config import BadValue, Missing, first_line, require
 from trinity_lib.corpus import Corpus
 from trinity_lib.sources import Texts
 
@@ -20,6 +20,8 @@ BEGINS = (BEGIN, "<|begin_of_text|>", "<|startoftext|>", "<bos>", "<s>", "[BOS]"
 """Names of begin marks, in the order they are looked for."""
 ENDS = (END, "<|end_of_text|>", "<|endoftext|>", "<eos>", "</s>", "[EOS]", "[SEP]")
 """Names of end marks."""
+FEWEST = 256 + len((BEGIN, END))
+"""Entries of the smallest tokenizer that is trained: single bytes and the marks."""
 SAMPLE_CHARACTERS = 4_000_000
 """Training text the tokenizer is trained on, about at most."""
 FILE, SETTINGS = "tokenizer.json", "tokenizer_config.json"
@@ -162,8 +164,8 @@ def _with_words(tokenizer: Tokenizer, vocab_size: int, words: Sequence[str]) -> 
     kept = {token: number for token, number in vocab.items() if number < size}
     if any(byte not in kept for byte in pre_tokenizers.ByteLevel.alphabet()):
         raise BadValue(
-            f"vocab_size is {vocab_size}; it must be at least {258 + len(whole)}, for single "
-            f"bytes and {len(whole)} whole words."
+            f"vocab_size is {vocab_size}; it must be at least {FEWEST + len(whole)}, for "
+            f"single bytes and {len(whole)} whole words."
         )
     for word in whole:
         kept.setdefault(word, len(kept))
@@ -183,18 +185,21 @@ def of_corpus(corpus: Texts, vocab_size: int, cache: Path) -> Vocabulary:
     Raises BadValue where the text does not yield that many entries; a corpus with words to be
     held whole may yield fewer.
     """
+    words = corpus.words if isinstance(corpus, Corpus) else ()
+    if not words:  # else training knows how many they take
+        right = f"at least {FEWEST}, for single bytes and two marks"
+        require(vocab_size >= FEWEST, "vocab_size", vocab_size, right)
     file = cache / f"tokenizer-{vocab_size}-{corpus.sha256[:12]}.json"
     if file.exists():
         tokenizer = Tokenizer.from_file(str(file))
         tokenizer.encode_special_tokens = True
         return Vocabulary(tokenizer, BEGIN, END)
     print(f"training a tokenizer of {vocab_size} entries, once: {file}", flush=True)
-    words = corpus.words if isinstance(corpus, Corpus) else ()
     vocabulary = train(corpus.sample(SAMPLE_CHARACTERS), vocab_size, words)
     if vocabulary.size != vocab_size and not words:  # whole words leave rows over
         raise BadValue(
             f"vocab_size is {vocab_size}; it must be at most {vocabulary.size}, what this "
-            "text yields, and at least 258."
+            "text yields."
         )
     cache.mkdir(parents=True, exist_ok=True)
     disk.replace(file, lambda path: vocabulary.tokenizer.save(str(path)))
