@@ -9,7 +9,7 @@ import xarray as xr
 from matplotlib.figure import Figure
 
 from tests import synthetic
-from trinity_lib import plan_report, plots, plots_rehearsal
+from trinity_lib import plots
 
 FIGURES = {
     plots.loss: (2, "nat per token"),
@@ -99,7 +99,6 @@ def test_a_rehearsal_s_figures_say_what_is_missing_in_sentences() -> None:
 
 
 def test_a_rehearsal_calls_parts_of_memory_as_a_plan_does() -> None:
-    assert plots_rehearsal.PARTS == plan_report.PARTS
     shape, parts = ("moment", "part"), ["weights", "kept", "of its own"]
     held = {name: (shape, np.ones((1, 3))) for name in ("planned", "traced")}
     about = {

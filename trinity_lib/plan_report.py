@@ -8,20 +8,8 @@ import pandas as pd
 import xarray as xr
 
 from trinity_lib.metrics import group
+from trinity_lib.plots_rehearsal import PARTS
 
-PARTS = {
-    "weights": "fp32 weights",
-    "gradients": "fp32 gradients",
-    "optimizer": "optimiser state",
-    "gathered": "whole weights in flight",
-    "unreduced": "whole gradients in flight",
-    "kept": "activations kept",
-    "working": "activations of one block",
-    "logits": "logits",
-    "exchange": "expert exchange",
-    "stepping": "optimiser's temporaries",
-}
-"""What figures call the parts of /memory."""
 OPERATIONS = {
     "projections": "attention: projections",
     "attention": "attention: scores, values",

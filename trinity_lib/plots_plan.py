@@ -13,7 +13,8 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, LogLocator
 
 from trinity_lib.metrics import group
-from trinity_lib.plan_report import OPERATIONS, PARTS, least_table, settings
+from trinity_lib.plan_report import OPERATIONS, least_table, settings
+from trinity_lib.plots_rehearsal import PARTS
 
 SHORT = 0.05
 """Share of an axis below which a piece has no room for its number."""

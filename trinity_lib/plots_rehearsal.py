@@ -19,7 +19,7 @@ PARTS = {
     "exchange": "expert exchange",
     "stepping": "optimiser's temporaries",
 }
-"""What figures call the parts of memory: as a plan does, see `plan_report.PARTS`."""
+"""What figures and plans call the parts of memory."""
 
 
 def banner(run: xr.DataTree, missing: str) -> Figure:
