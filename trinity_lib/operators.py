@@ -44,9 +44,7 @@ def rules(ledger: Ledger, tokens: int, vocabulary: int) -> dict[Any, Callable[..
         fsdp.chunk_cat: whole_gradients,
         c10d._reduce_scatter_base_: reducing,
         c10d.alltoall_base_: exchanging,
-        **dict.fromkeys(
-            [aten.mm, _PRODUCT, aten._to_copy, aten._log_softmax, aten.exp], logits
-        ),
+        **dict.fromkeys([aten.mm, aten._to_copy, aten._log_softmax, aten.exp], logits),
     }
 
 
